@@ -1,0 +1,56 @@
+"""What is stored in the notebooks stays small, and tells nothing about the computer it came from."""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+NOTEBOOKS = sorted(file for file in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts)
+KB = 1000
+PERSONAL = re.compile(r"/home/\w|/root/|/Users/\w|/tmp/|/work/|[A-Z]:\\\\?Users|site-packages|dist-packages")
+PROGRESS = re.compile(r"\d%\||\bit/s\b|application/vnd\.jupyter\.widget")
+
+
+def outputs(notebook):
+    "Every stored output of a notebook: cell number, kind and content as text"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    for number, cell in enumerate(cells):
+        for output in cell.get("outputs", []):
+            parts = {**output.get("data", {}), "text": output.get("text", ""), "error": output.get("traceback", "")}
+            for kind, value in parts.items():
+                yield number, kind, "".join(value) if isinstance(value, (list, str)) else json.dumps(value)
+
+
+def per_notebook(test):
+    return pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.relative_to(NBS).as_posix())(test)
+
+
+@per_notebook
+def test_outputs_tell_nothing_personal(notebook):
+    texts = [(number, kind, text) for number, kind, text in outputs(notebook) if kind != "image/png"]
+    for number, kind, text in texts:
+        text = re.sub(r"base64,[\w+/=]+", "", text)
+        assert not PERSONAL.search(text), f"cell {number} stores a path: {PERSONAL.search(text)[0]!r} in {kind}"
+        assert not PROGRESS.search(kind + text), f"cell {number} stores a progress bar or a widget"
+        assert kind != "error" or not text, f"cell {number} stores a traceback"
+
+
+@per_notebook
+def test_figures_are_small(notebook):
+    for number, kind, text in outputs(notebook):
+        if kind.startswith("image/"):
+            size = len(text) if kind.endswith("svg+xml") else len(base64.b64decode(text))
+            assert size <= 60 * KB, f"cell {number}: a figure of {size / KB:.0f} kB; 60 kB is the limit"
+
+
+@per_notebook
+def test_notebook_is_small(notebook):
+    size = notebook.stat().st_size
+    assert size <= 300 * KB, f"{size / KB:.0f} kB; 300 kB is the limit: smaller or fewer figures"
+
+
+def test_all_notebooks_together_are_small():
+    assert sum(file.stat().st_size for file in NOTEBOOKS) <= 10_000 * KB

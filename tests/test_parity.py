@@ -1,0 +1,92 @@
+"""Our maps against those of captum, grad-cam and torchcam, on three networks with random weights and one with trained ones."""
+import numpy as np
+import pytest
+import pytorch_grad_cam
+import torch
+import torchcam.methods
+from captum.attr import LayerGradCam
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+from xai_companion.data.photos import photos
+from xai_companion.explain import EXPLAINERS, explain
+from xai_companion.explain.base import activations_and_gradients, normalize_map, upsample
+from xai_companion.models import last_conv, load_model
+
+NETWORKS = ("efficientnet_lite0", "resnet18", "vgg16_bn", "densenet121")
+TARGETS = [281, 652]
+GRAD_CAM = {"gradcam": "GradCAM", "gradcampp": "GradCAMPlusPlus", "xgradcam": "XGradCAM", "hirescam": "HiResCAM", "layercam": "LayerCAM"}
+TORCHCAM = {"gradcam": "GradCAM", "xgradcam": "XGradCAM", "layercam": "LayerCAM"}
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def setting(request):
+    "A network, the layer to compare at, two photographs"
+    images = photos()[[0, 3]]
+    if request.param == "efficientnet_lite0":
+        model = load_model()
+        return model, last_conv(model), images
+    torch.manual_seed(0)
+    model = load_model(request.param, weights=None)
+    with torch.no_grad():
+        model.train()(images)  # batch norm statistics of the photographs, for those of a new network are trivial
+        [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1].weight *= 1000  # the libraries add 1e-8 to small maps
+    model.eval()
+    if request.param == "densenet121":
+        # torchvision overwrites the last map in place, and with it what the libraries hooked: compare one layer earlier.
+        # The maps there have both signs, so Grad-CAM++ divides by sums near zero: compare in float64.
+        return model.double(), "features.denseblock4", images.double()
+    return model, last_conv(model), images
+
+
+def torchcam_map(cls, model, layer, images):
+    "torchcam's maps at the size of the layer, scaled to [0, 1]"
+    with getattr(torchcam.methods, cls)(model, target_layer=model.get_submodule(layer)) as cam:
+        return cam(TARGETS, model(images.clone().requires_grad_()))[0]
+
+
+def test_captum(setting):
+    model, layer, images = setting
+    theirs = LayerGradCam(model, model.get_submodule(layer)).attribute(images, torch.tensor(TARGETS), relu_attributions=True)
+    assert theirs.max() > 0
+    assert relative(explain(model, images, "gradcam", TARGETS, layers=layer), upsample(theirs.detach(), images.shape[2:])) < 1e-5
+
+
+@pytest.mark.parametrize("name", GRAD_CAM)
+def test_grad_cam(setting, name):
+    "grad-cam scales a map to [0, 1] and up-samples it with OpenCV: compared before the up-sampling"
+    model, layer, images = setting
+    cam = getattr(pytorch_grad_cam, GRAD_CAM[name])(model=model, target_layers=[model.get_submodule(layer)])
+    cam.get_target_width_height = lambda images: None  # keeps the size of the layer
+    with cam:
+        theirs = cam(input_tensor=images, targets=[ClassifierOutputTarget(t) for t in TARGETS])
+    ours = EXPLAINERS[name](model, layer).compute(images, TARGETS).detach()
+    assert relative(normalize_map(ours)[:, 0], torch.from_numpy(np.asarray(theirs))) < 1e-5
+
+
+@pytest.mark.parametrize("name", TORCHCAM)
+def test_torchcam(setting, name):
+    model, layer, images = setting
+    ours = EXPLAINERS[name](model, layer).compute(images, TARGETS).detach()
+    assert relative(normalize_map(ours)[:, 0], torchcam_map(TORCHCAM[name], model, layer, images)) < 1e-5
+
+
+def test_torchcam_gradcampp_does_not_divide(setting):
+    "torchcam 0.5.0 divides a copy of alpha, so its weights are the sum of g^2 ReLU(g): the notebook says so"
+    model, layer, images = setting
+    acts, grads, _ = activations_and_gradients(model, layer, images, TARGETS)
+    (act,), (grad,) = acts.values(), grads.values()
+    weights = (grad**2 * grad.relu()).sum((2, 3), keepdim=True)
+    theirs = torchcam_map("GradCAMpp", model, layer, images)
+    assert relative(normalize_map((weights * act).sum(1, keepdim=True).relu())[:, 0], theirs) < 1e-3
+
+
+def test_several_layers():
+    "Grad-CAM of two layers is the mean of the two maps, each scaled to [0, 1], as in grad-cam"
+    model, images = load_model(), photos()[[0, 3]]
+    both = explain(model, images, "gradcam", TARGETS, layers=["blocks.4", "bn2"])
+    single = [explain(model, images, "gradcam", TARGETS, layers=layer) for layer in ("blocks.4", "bn2")]
+    assert relative(both, sum(normalize_map(m) for m in single) / 2) < 1e-5

@@ -1,0 +1,149 @@
+"""`reproduce` on a clone in miniature, with real kernels."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from xai_companion import reproduce as module
+from xai_companion.reproduce import find_papers, reproduce, run_notebook
+
+ROOT = Path(__file__).parents[1]
+RECORD = """from xai_companion.results import record, save, show
+save("sise", "demo", [record({"row": "SISE"}, values=[0.5, 0.7, 0.6])])
+show("sise", "demo")"""
+
+
+def write(root, name, *cells):
+    file = root / "nbs" / "papers" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells]), file)
+    return file
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    "An empty clone as working directory, and no settings in the environment"
+    for name in [n for n in os.environ if n.startswith("XAI_COMPANION_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "settings.ini").write_text("[xai_companion]\nprofile = quick\n")
+    (tmp_path / "nbs" / "papers").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_passes_fails_and_goes_on(clone, capfd):
+    write(clone, "01_sise.ipynb", "print('started')", "undefined_name", "print('not reached')")
+    write(clone, "02_ada_sise.ipynb", "import os\nos._exit(3)")
+    write(clone, "03_integrated_gradcam.ipynb", RECORD.replace("sise", "integrated_gradcam"),
+          "#| eval: false\n1 / 0", "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()")
+    assert reproduce() == 1
+    said = capfd.readouterr()
+    assert re.search(r"01_sise ... FAILED after .* cell \[2\] `undefined_name`: NameError", said.out)
+    assert re.search(r"02_ada_sise ... FAILED after .* the kernel died", said.out)
+    assert re.search(r"03_integrated_gradcam ... \d+\.\d s\n", said.out)
+    assert "1 of 3 notebooks ran to the end" in said.out and "0.60 [0.35, 0.85], n=3" in said.out
+    assert f"Report: {Path('reports/index.html')}" in said.out
+    assert "Traceback" not in said.err
+
+    index = (clone / "reports" / "index.html").read_text()
+    assert "FAILED" in index and "0.60 [0.35, 0.85]" in index
+    for name in re.findall(r"href='([^']+)'", index):
+        assert (clone / "reports" / name).is_file()
+    executed = nbformat.read(clone / "reports" / "01_sise.ipynb", 4)
+    assert executed.cells[0].outputs[0].text == "started\n" and executed.cells[2].outputs == []
+    page = (clone / "reports" / "03_integrated_gradcam.html").read_text()
+    assert "this run" in page and "data:image/png" in page
+    assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?:', page)
+    assert not (clone / "results").exists()
+
+
+def test_record_and_compare(clone, capsys, monkeypatch):
+    write(clone, "01_sise.ipynb", RECORD)
+    assert reproduce(["sise"], record=True) == 0
+    stored = clone / "results" / "sise" / "demo.quick.json"
+    origin = json.loads(stored.read_text())[0]["provenance"]
+    assert origin["command"] == "xai-companion reproduce sise --record"
+
+    before = stored.read_bytes()
+    write(clone, "01_sise.ipynb", RECORD.replace("0.5", "0.9"))
+    capsys.readouterr()
+    assert reproduce() == 0
+    said = capsys.readouterr().out
+    assert re.search(r"SISE  0.73 .*  0.60 .*  NO", re.sub(r" {2,}", "  ", said)) and "1 do not" in said
+    assert stored.read_bytes() == before
+
+    write(clone, "01_sise.ipynb", "pass")   # what the last run left must not pass for this run's
+    assert reproduce() == 0
+    assert "Rows: 0 agree" in capsys.readouterr().out
+
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
+    with pytest.raises(ValueError, match="never recorded"):
+        reproduce(record=True)
+
+
+def test_errors_name_the_remedy(clone, monkeypatch):
+    with pytest.raises(ValueError, match="no notebook about any paper"):
+        reproduce()
+    write(clone, "01_sise.ipynb", "pass")
+    with pytest.raises(ValueError, match="no notebook about nonsense in nbs/papers; there is sise"):
+        reproduce(["nonsense"])
+    with pytest.raises(FileNotFoundError, match="clone"):
+        find_papers("/")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'xai_companion\[reproduce\]'"):
+        reproduce()
+
+
+def alive(pid):
+    "Is this process there, and not just waiting to be collected?"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.is_file() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX systems")
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c(clone, times):
+    pid = clone / "pid"
+    write(clone, "01_sise.ipynb", "import os, pathlib, time\nfile = pathlib.Path('../../pid')\n"
+          "part = file.with_suffix('.part')\npart.write_text(str(os.getpid()))\npart.rename(file)\ntime.sleep(60)")
+    write(clone, "02_ada_sise.ipynb", "pass")
+    run = subprocess.Popen([sys.executable, "-c", "import sys; from xai_companion.reproduce import reproduce\n"
+                            "sys.exit(reproduce())"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(pid.exists)
+        for _ in range(times):
+            run.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        out, err = run.communicate(timeout=30)
+    finally:
+        run.kill()
+    wait_for(lambda: not alive(int(pid.read_text())), 10)
+    if times == 1:
+        assert run.returncode == 130, err
+        assert "01_sise ... stopped by Ctrl-C" in out and "02_ada_sise" not in out
+        assert "Traceback" not in err and "never retrieved" not in err, err
+
+
+def test_core_notebook_in_a_real_kernel(clone):
+    executed, error = run_notebook(ROOT / "nbs" / "00_core.ipynb", dict(os.environ))
+    assert error == ""
+    ran = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in ran] == list(range(1, len(ran) + 1))
