@@ -124,9 +124,9 @@ def code_cell(cell, page, folder):
     "A code cell for myst-nb: tags, no directive lines, figures in the size they were drawn for"
     metadata = {"tags": tags_of(cell)}
     for output in cell.outputs:
-        width = output.get("metadata", {}).get("image/png", {}).get("width")
-        if width:
-            metadata["mystnb"] = {"image": {"width": f"{width}px"}}
+        for kind, size in output.get("metadata", {}).items():
+            if kind.startswith("image/") and "width" in size:
+                metadata["mystnb"] = {"image": {"width": f"{size['width']}px"}}
         data = output.get("data", {})
         if "text/markdown" in data:
             data["text/markdown"] = to_myst("".join(data["text/markdown"]), page, folder)
@@ -230,10 +230,11 @@ def readme_outputs(cell):
         data = output.get("data", {})
         rich = "".join(data.get("text/markdown") or data.get("text/html") or "")
         text = "".join(output.get("text") or data.get("text/plain") or "").strip()
-        if "image/png" in data:
-            file = IMAGES / f"index-{cell.id}-{number}.png"
+        figure = next((kind for kind in ("image/png", "image/jpeg") if kind in data), None)
+        if figure:
+            file = IMAGES / f"index-{cell.id}-{number}.{figure[6:]}"
             file.parent.mkdir(exist_ok=True)
-            file.write_bytes(base64.b64decode("".join(data["image/png"])))
+            file.write_bytes(base64.b64decode("".join(data[figure])))
             alt = "" if text.startswith("<") else text
             yield f"![{alt}]({file.relative_to(ROOT).as_posix()})"
         elif rich:

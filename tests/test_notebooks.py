@@ -11,7 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(p.relative_to(NBS) for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 NBDEV_TEST = Path(sys.executable).with_name("nbdev-test")
-ENV = {"XAI_COMPANION_PROFILE": "smoke", "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"}
+ENV = {
+    "XAI_COMPANION_PROFILE": "smoke",
+    "XAI_COMPANION_QUIET": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "MPLBACKEND": "agg",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.with_suffix("").as_posix())

@@ -9,7 +9,7 @@ from scipy import stats
 
 from xai_companion import results
 from xai_companion.core import PROFILES
-from xai_companion.records import mean_interval, record, t_quantile, validate
+from xai_companion.records import mean_interval, record, validate
 from xai_companion.results import PAPERS, agrees, load, save, show
 
 ROOT = Path(__file__).parents[1]
@@ -34,12 +34,6 @@ def test_stored_file(file):
     assert paper in PAPERS and re.fullmatch(r"[a-z0-9_]+", table) and profile in set(PROFILES) - {"smoke"}
     text = file.read_text(encoding="utf-8")
     assert validate(json.loads(text)) and "/home/" not in text and "/root/" not in text
-
-
-@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
-def test_quantile_is_scipys(level):
-    for df in [*range(1, 40), 99, 100, 999, 20_000]:
-        assert t_quantile(df, level) == pytest.approx(stats.t.ppf((1 + level) / 2, df), rel=1e-9)
 
 
 def test_interval_is_scipys():

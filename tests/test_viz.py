@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from xai_companion import viz
+from xai_companion import gallery, viz
 from xai_companion.data.photos import PHOTO_NAMES, photos
 
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -132,7 +132,7 @@ def test_maps_must_fit(batch):
         with pytest.raises(ValueError, match="dict"):
             viz.show_maps(images, bad)
         with pytest.raises(ValueError, match="dict"):
-            viz.gallery("unused.html", images, bad)
+            gallery.gallery("unused.html", images, bad)
 
 
 # Figures
@@ -227,7 +227,7 @@ def decode(uri):
 
 def test_gallery_holds_everything_once(tmp_path, batch):
     images, maps = batch
-    file = viz.gallery(tmp_path / "new" / "g.html", images, maps, names=["a", "b", "c"], captions=["", "x", "<b>"], title="T")
+    file = gallery.gallery(tmp_path / "new" / "g.html", images, maps, names=["a", "b", "c"], captions=["", "x", "<b>"], title="T")
     assert file == tmp_path / "new" / "g.html"
     page = Page(file.read_text(encoding="utf-8"))
     data = json.loads(page.text["data"])
@@ -244,14 +244,14 @@ def test_gallery_holds_everything_once(tmp_path, batch):
 
 def test_large_photos_are_jpeg():
     smooth = torch.linspace(0, 1, 100).expand(3, 100, 100)
-    kind, picture = decode(viz._photo_uri(smooth))
+    kind, picture = decode(gallery._photo_uri(smooth))
     assert kind == "data:image/jpeg" and np.abs(np.asarray(picture) / 255 - smooth.permute(1, 2, 0).numpy()).max() < 0.03
 
 
 def test_gallery_escapes(tmp_path, batch):
     images, maps = batch
-    plain = Page(viz.gallery(tmp_path / "a.html", images, {"sise": maps["sise"]}).read_text())
-    text = viz.gallery(tmp_path / "b.html", images, {EVIL: maps["sise"]}, [EVIL, "\u2028<!--", "\udcff"], [EVIL] * 3, EVIL).read_text()
+    plain = Page(gallery.gallery(tmp_path / "a.html", images, {"sise": maps["sise"]}).read_text())
+    text = gallery.gallery(tmp_path / "b.html", images, {EVIL: maps["sise"]}, [EVIL, "\u2028<!--", "\udcff"], [EVIL] * 3, EVIL).read_text()
     hostile = Page(text)
     assert hostile.tags == plain.tags                        # no element and no attribute that the template does not have
     data = json.loads(hostile.text["data"])
@@ -262,7 +262,7 @@ def test_gallery_escapes(tmp_path, batch):
 
 def test_gallery_needs_nothing_else(tmp_path, batch):
     images, maps = batch
-    text = viz.gallery(tmp_path / "a.html", images, maps).read_text()
+    text = gallery.gallery(tmp_path / "a.html", images, maps).read_text()
     page = Page(text)
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text.replace(page.text["data"], ""))
     assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on") or a == "style"]
@@ -276,7 +276,7 @@ def test_gallery_needs_nothing_else(tmp_path, batch):
 
 
 def test_the_scale_of_the_gallery_is_the_colour_map():
-    stops = re.search(r"linear-gradient\(90deg, (.*?)\)", viz._CSS)[1].split(", ")
+    stops = re.search(r"linear-gradient\(90deg, (.*?)\)", gallery._CSS)[1].split(", ")
     expected = plt.get_cmap(viz.CMAP)(np.linspace(0, 1, len(stops)))[:, :3]
     got = np.array([[int(s[i:i + 2], 16) / 255 for i in (1, 3, 5)] for s in stops])
     assert np.abs(got - expected).max() < 0.02
@@ -286,11 +286,11 @@ def test_gallery_refuses_what_does_not_fit(tmp_path, batch):
     images, maps = batch
     for options, message in (({"names": ["a"]}, "1 names for 3 images"), ({"captions": ["a"] * 4}, "4 captions for 3 images")):
         with pytest.raises(ValueError, match=message):
-            viz.gallery(tmp_path / "a.html", images, maps, **options)
+            gallery.gallery(tmp_path / "a.html", images, maps, **options)
     with pytest.raises(ValueError, match="'rise'"):
-        viz.gallery(tmp_path / "a.html", images, {"rise": maps["sise"][:1]})
+        gallery.gallery(tmp_path / "a.html", images, {"rise": maps["sise"][:1]})
     with pytest.raises(ValueError, match="is a folder"):
-        viz.gallery(tmp_path, images, maps)
+        gallery.gallery(tmp_path, images, maps)
     assert not list(tmp_path.iterdir())
 
 

@@ -20,8 +20,9 @@ import xai_companion
 from .core import PROFILES, pick_device, progress
 from .data.photos import image_paths, load_image
 from .explain import EXPLAINERS, get_explainer
+from .gallery import gallery
 from .models import find_class, load_model
-from .viz import gallery, method_label, overlay
+from .viz import method_label, overlay
 
 # %% ../nbs/70_cli.ipynb #f2e1229f
 def names_of(paths: list[Path]  # files, perhaps from several folders

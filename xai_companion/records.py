@@ -26,25 +26,12 @@ import torch
 import xai_companion
 
 # %% ../nbs/01a_records.ipynb #bec52348
-def _t_within(theta, df):
-    "P(|T| < t) for Student's t with `df` degrees of freedom, where t = sqrt(df) tan(theta)"
-    sine, cosine = math.sin(theta), math.cos(theta)
-    k = np.arange(1, (df - 1) // 2 if df % 2 else df // 2)
-    ratios = (2 * k / (2 * k + 1) if df % 2 else (2 * k - 1) / (2 * k)) * cosine**2
-    series = 1 + np.cumprod(ratios).sum()
-    if df % 2 == 0:
-        return sine * series
-    return 2 / math.pi * (theta + (sine * cosine * series if df > 1 else 0))
-
 def t_quantile(df: int,              # degrees of freedom, 1 or more
                level: float = 0.95   # two-sided: P(|T| < result) = level
                ) -> float:
     "The two-sided quantile of Student's t"
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, df) < level else (low, middle)
-    return math.sqrt(df) * math.tan(low)
+    from scipy import stats
+    return float(stats.t.ppf((1 + level) / 2, df))
 
 # %% ../nbs/01a_records.ipynb #aaf50633
 def mean_interval(values,               # two or more numbers: one per image, or one per seed

@@ -143,6 +143,8 @@ class Explainer:
                   ) -> Tensor:
         "Attribution maps (N, 1, H, W), float32, detached, in the method's own units"
         images = check_images(images, self.model)
+        if images.device.type == "cpu":  # convolutions on the CPU run faster on this layout
+            images = images.contiguous(memory_format=torch.channels_last)
         with evaluating(self.model), seeded(self.seed), torch.inference_mode(False), torch.no_grad(), _channels_named(images):
             maps = self.compute(images, target)
         return upsample(maps.detach().float(), images.shape[-2:])
