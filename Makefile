@@ -17,10 +17,10 @@ reproduce: .venv/.installed  ## run the notebooks of the papers, report into rep
 	@$(BIN)/xai-companion reproduce
 
 test: .venv/.installed  ## run the tests that take seconds
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 test-all: .venv/.installed  ## run all tests
-	@$(BIN)/python -m pytest -m ""
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m ""
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter-lab --notebook-dir=nbs
