@@ -1,0 +1,126 @@
+"""Weights from files and caches, the layer rule on every network by name, and the embedded classifier on real photographs."""
+import csv
+
+import pytest
+import torch
+from torch import nn
+
+from xai_companion.core import settings
+from xai_companion.data.photos import load_images
+from xai_companion.hooks import unwrapped, watch
+from xai_companion.models import SMALL, Normalized, conv_blocks, last_conv, load_model
+
+LAYERS = {
+    "resnet18": ["relu", "layer1", "layer2", "layer3", "layer4"],
+    "resnet34": ["relu", "layer1", "layer2", "layer3", "layer4"],
+    "resnet50": ["relu", "layer1", "layer2", "layer3", "layer4"],
+    "resnet101": ["relu", "layer1", "layer2", "layer3", "layer4"],
+    "vgg16": ["features.3", "features.8", "features.15", "features.22", "features.29"],
+    "vgg16_bn": ["features.5", "features.12", "features.22", "features.32", "features.42"],
+    "mobilenet_v2": ["features.1", "features.3", "features.6", "features.13", "features"],
+    "mobilenet_v3_small": ["features.0", "features.1", "features.3", "features.8", "features"],
+    "efficientnet_b0": ["features.1", "features.2", "features.3", "features.5", "features"],
+    "convnext_tiny": ["features.1", "features.3", "features.5", "features"],
+    "densenet121": ["features.relu0", "features.denseblock1", "features.denseblock2", "features.denseblock3", "features"],
+    "efficientnet_lite0": ["blocks.0", "blocks.1", "blocks.2", "blocks.4", "bn2"],
+}
+MAPS = {"resnet50": 3904, "vgg16": 1472, "vgg16_bn": 1472, "resnet18": 1024, "efficientnet_lite0": 1472}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "An empty cache of weights"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_every_network(name):
+    model = load_model(name, weights=None)
+    assert conv_blocks(model) == LAYERS[name]
+    assert last_conv(model) == LAYERS[name][-1]
+    with watch(model) as calls:
+        model(torch.zeros(1, 3, 224, 224))
+    shapes = {call.name: call.output.shape for call in calls if call.name in LAYERS[name]}
+    sides = [shapes[layer][-1] for layer in LAYERS[name]]
+    assert sides == sorted(sides, reverse=True) and sides[-1] > 1
+    if name in MAPS:
+        assert sum(shape[1] for shape in shapes.values()) == MAPS[name]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("size", [32, 64])
+def test_small_networks(name, size):
+    model = load_model(name, weights=None, num_classes=7, small=True)
+    assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
+    assert conv_blocks(model, size)[0] == "layer1" and model.classes is None
+
+
+def test_weights_from_the_cache(hub):
+    "A file in torchvision's format and place is used; nothing is downloaded"
+    trained = load_model("resnet18", weights=None).network
+    torch.save(trained.state_dict(), hub / "resnet18-f37072fd.pth")
+    loaded = load_model("resnet18")
+    assert all(torch.equal(v, trained.state_dict()[k]) for k, v in loaded.network.state_dict().items())
+    assert loaded.classes[281] == "tabby"
+    assert loaded.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_no_network(hub, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
+    with pytest.raises(RuntimeError, match="resnet18-f37072fd.pth.*efficientnet_lite0.*weights=None"):
+        load_model("resnet18")
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": {f"module.{k}": v for k, v in s.items()}}])
+def test_checkpoint(tmp_path, wrap):
+    network = load_model("resnet18", weights=None, num_classes=4, small=True).network
+    torch.save(wrap(network.state_dict()), tmp_path / "net.pt")
+    loaded = load_model("resnet18", weights=tmp_path / "net.pt", num_classes=4, small=True, classes=list("abcd"))
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in loaded.network.state_dict().items())
+    assert loaded.classes == list("abcd")
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    torch.save(load_model("resnet18", weights=None, num_classes=4).network.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="does not fit.*fc.weight.*num_classes"):
+        load_model("resnet18", weights=tmp_path / "net.pt", num_classes=5)
+    with pytest.raises(FileNotFoundError, match="missing.pt"):
+        load_model("resnet18", weights="missing.pt")
+    with pytest.raises(ValueError, match="IMAGENET1K_V1"):
+        load_model("resnet50", weights="IMAGENET1K_V9")
+    with pytest.raises(ValueError, match="weights=None"):
+        load_model("resnet18", num_classes=10)
+    with pytest.raises(ValueError, match="resnet18, resnet50, resnet56"):
+        load_model("vgg16", weights=None, small=True)
+
+
+def test_normalized_survives_saving(tmp_path):
+    model = Normalized(nn.Sequential(nn.Conv2d(3, 4, 3)), mean=(0.5,) * 3, std=(0.2,) * 3, classes=list("abcd"))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    images = torch.rand(1, 3, 8, 8)
+    assert torch.equal(again(images), model(images)) and again.classes == model.classes
+    assert unwrapped(nn.DataParallel(again)) is again.network
+    with pytest.raises(AttributeError, match="no_such"):
+        model.no_such  # noqa: B018
+    with pytest.raises(ValueError, match="3 channels"):
+        model(images[:, :1])
+
+
+@pytest.mark.slow
+def test_embedded_classifier_on_imagenet_photographs():
+    folder = settings().data / "imagenet-samples"
+    if not folder.is_dir():
+        pytest.skip(f"the data set imagenet_samples is not in {folder}")
+    model, right = load_model(), 0
+    rows = list(csv.DictReader((folder / "labels.csv").open()))
+    for start in range(0, len(rows), 50):
+        part = rows[start:start + 50]
+        with torch.inference_mode():
+            predicted = model(load_images([folder / row["file"] for row in part])).argmax(1)
+        right += sum(p == int(row["class_index"]) for p, row in zip(predicted.tolist(), part, strict=True))
+    assert right >= 0.85 * len(rows)
