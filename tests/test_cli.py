@@ -71,7 +71,8 @@ def test_wrong_usage_and_version(capsys):
 
 def test_ctrl_c(folder, tmp_path):
     command = [COMMAND, "explain", folder / "cat.png", "--method", "shapley", "--out", tmp_path / "out"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
     time.sleep(8)
     run.send_signal(signal.SIGINT)
     message = run.communicate(timeout=60)[1]

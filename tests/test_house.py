@@ -10,7 +10,7 @@ import pytest
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 NOTEBOOKS = sorted(file for file in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts)
 KB = 1000
-PERSONAL = re.compile(r"/home/\w|/root/|/Users/\w|/tmp/|/work/|[A-Z]:\\\\?Users|site-packages|dist-packages")
+PERSONAL = re.compile(r"/(?:home|root|Users|tmp|work)/\w|[A-Z]:\\\\?Users|site-packages|dist-packages")
 PROGRESS = re.compile(r"\d%\||\bit/s\b|application/vnd\.jupyter\.widget")
 
 

@@ -126,7 +126,8 @@ def test_ctrl_c(clone, times):
           "part = file.with_suffix('.part')\npart.write_text(str(os.getpid()))\npart.rename(file)\ntime.sleep(60)")
     write(clone, "02_ada_sise.ipynb", "pass")
     run = subprocess.Popen([sys.executable, "-c", "import sys; from xai_companion.reproduce import reproduce\n"
-                            "sys.exit(reproduce())"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            "sys.exit(reproduce())"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
     try:
         wait_for(pid.exists)
         for _ in range(times):

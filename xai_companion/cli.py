@@ -10,6 +10,7 @@ __all__ = ['names_of', 'attribute_all', 'write_explanations', 'save_png', 'run_e
 import argparse
 import os
 import sys
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,10 @@ from .viz import method_label, overlay
 def names_of(paths: list[Path]  # files, perhaps from several folders
              ) -> list[str]:
     "A short name per file that can stand in a file name: the stem, numbered where stems repeat"
-    names, seen = [], {}
+    names = []
     for path in paths:
-        seen[path.stem] = seen.get(path.stem, 0) + 1
-        names.append(path.stem if seen[path.stem] == 1 else f"{path.stem}-{seen[path.stem]}")
+        candidates = (path.stem if i == 1 else f"{path.stem}-{i}" for i in count(1))
+        names.append(next(name for name in candidates if name not in names))
     return names
 
 # %% ../nbs/70_cli.ipynb #686ffea9
@@ -81,15 +82,18 @@ def run_explain(args) -> int:
     "xai-companion explain"
     device = pick_device(args.device)
     methods = [get_explainer(name) for name in args.method.split(",")]
-    paths = image_paths(args.images)
-    model = load_model(args.model, weights=args.weights, num_classes=args.classes, device=device.type)
+    out = Path(args.out)
+    paths = [path for path in image_paths(args.images) if not path.resolve().is_relative_to(out.resolve())]
+    if not paths:
+        raise ValueError(f"the only images given lie in {out}, where the explanations go: name another --out")
+    model = load_model(args.model, weights=args.weights, num_classes=args.classes, device=str(device))
     target = None if args.target is None else find_class(args.target, model.classes)
     options = {} if args.layer is None else {"layers": args.layer.split(",")}
     explainers = {cls.name: cls(model, **options) for cls in methods}
     size = args.size or model.input_size
     images = torch.stack([load_image(path, size) for path in progress(paths, "reading", unit="image")])
     maps, classes, scores = attribute_all(explainers, images, target, device)
-    files, captions = write_explanations(Path(args.out), names_of(paths), images, maps, classes, scores, model.classes)
+    files, captions = write_explanations(out, names_of(paths), images, maps, classes, scores, model.classes)
     for path, caption in zip(paths, captions, strict=True):
         print(f"{path.name}: {caption}")
     labels = ", ".join(method_label(name) for name in maps)

@@ -105,7 +105,9 @@ def seeded(seed: int = 0  # the same seed gives the same numbers
         try:
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if torch.cuda.is_initialized():  # a seed for a GPU that is not in use yet would be kept for later
+                torch.cuda.manual_seed_all(seed)
             yield
         finally:
             random.setstate(states[0])

@@ -43,7 +43,7 @@ def find_layers(model: nn.Module,  # any model; wrappers are transparent
             close = difflib.get_close_matches(str(layer), modules, 3) or [n for n in modules if n][-3:]
             what = f"{type(layer).__name__}(...)" if isinstance(layer, nn.Module) else repr(layer)
             raise ValueError(f"the model has no layer {what}: did you mean {', '.join(map(repr, close))}? "
-                             "[name for name, _ in model.named_modules()] lists all.")
+                             "hooks.unwrapped(model).named_modules() lists all.")
         found[name] = modules[name]
     if not found:
         raise ValueError("no layer was given: name at least one")

@@ -9,10 +9,13 @@ __all__ = ['hidden']
 import torch
 from torch import Tensor, nn
 
+# %% ../nbs/07_masking.ipynb #46142d3c
+from .models import Normalized
+
 # %% ../nbs/07_masking.ipynb #8a70a849
 def hidden(images: Tensor,        # (N, C, H, W) in [0, 1]
            fill: str | Tensor = "black",  # "black", "mean", "blur", or a tensor that broadcasts against `images`
-           model: nn.Module | None = None,  # with a `mean`, for fill="mean"
+           model: nn.Module | None = None,  # with a `Normalized` in it, for fill="mean"
            ) -> Tensor:
     "The images with everything hidden, (N, C, H, W)"
     if isinstance(fill, Tensor):
@@ -21,10 +24,10 @@ def hidden(images: Tensor,        # (N, C, H, W) in [0, 1]
         return torch.zeros_like(images)
     if fill == "blur":
         from torchvision.transforms.functional import gaussian_blur
-        return gaussian_blur(images, 11, 5.0)
+        return gaussian_blur(images, min(11, 2 * min(images.shape[2:]) - 1), 5.0)
     if fill == "mean":
-        mean = getattr(model, "mean", None)
-        if not isinstance(mean, Tensor):
+        mean = next((m.mean for m in (model.modules() if model else ()) if isinstance(m, Normalized)), None)
+        if mean is None:
             raise ValueError("fill='mean' needs a model that knows its mean: wrap it in models.Normalized(model, mean, std)")
         return mean.to(images).expand_as(images)
     raise ValueError(f"unknown fill {fill!r}: use 'black', 'mean', 'blur' or a tensor")

@@ -9,6 +9,7 @@ __all__ = ['SMALL', 'EMBEDDED', 'Normalized', 'ResNet56', 'model_names', 'imagen
 # %% ../nbs/06_models.ipynb #24465a2b
 import difflib
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ class Normalized(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("network", "_modules"):  # not there yet, while the module is built or unpickled
+            if name == "network" or name.startswith("__"):  # while the module is built, copied or unpickled
                 raise
             return getattr(self.network, name)
 
@@ -119,15 +120,16 @@ def imagenet_classes() -> list[str]:
 
 # %% ../nbs/06_models.ipynb #f0f58294
 def _build(name, num_classes, small):
-    "`(network, mean, std)` with random weights"
+    "`(network, mean, std, input size)` with random weights"
     if name == EMBEDDED:
         import timm
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=num_classes)
-        return network, (127 / 255,) * 3, (128 / 255,) * 3
+        return network, (127 / 255,) * 3, (128 / 255,) * 3, 224
     entry = _torchvision().get_model_weights("resnet50" if small else name).DEFAULT.transforms()
     if small:
-        return _small_network(name, num_classes), entry.mean, entry.std
-    return _torchvision().get_model(name, weights=None, num_classes=num_classes), entry.mean, entry.std
+        return _small_network(name, num_classes), entry.mean, entry.std, 32
+    network = _torchvision().get_model(name, weights=None, num_classes=num_classes)
+    return network, entry.mean, entry.std, entry.crop_size[0]
 
 # %% ../nbs/06_models.ipynb #a65bde4b
 def _imagenet_weights(name, version):
@@ -151,9 +153,12 @@ def _file_weights(file):
     "The state dict in a checkpoint `file`"
     if not Path(file).is_file():
         raise FileNotFoundError(f"no weights file {file}: give 'imagenet', a torchvision weights name, an existing file or None")
-    stored = torch.load(file, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        stored = stored.get(key, stored)
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model"):
+            stored = stored.get(key, stored)
+    except (UnpicklingError, EOFError, RuntimeError, AttributeError):
+        raise ValueError(f"{file} is damaged or holds no state dict: write it with torch.save(model.state_dict(), file)") from None
     return {k.removeprefix("module.").removeprefix("network."): v for k, v in stored.items()}
 
 def _fill(network, stored, source):
@@ -179,18 +184,22 @@ def load_model(name: str = EMBEDDED,       # one of `model_names()`
         raise ValueError(f"unknown model {name!r}: did you mean {' or '.join(close)}? models.model_names() lists all; "
                          "any other nn.Module can be given to an explainer directly.")
     device, small = pick_device(device), small or name == "resnet56"
-    from_file = isinstance(weights, Path) or str(weights).endswith((".pt", ".pth", ".ckpt"))
+    from_file = isinstance(weights, Path) or str(weights).endswith((".pt", ".pth", ".ckpt")) or Path(str(weights)).is_file()
+    if name == EMBEDDED and weights not in (None, "imagenet") and not from_file:
+        raise ValueError(f"{EMBEDDED} has no weights called {weights!r}: use 'imagenet', the file of a checkpoint or None")
     if weights and not from_file and (small or num_classes != 1000):
         raise ValueError("ImageNet weights have 1000 classes and the large stem: give weights=None for random weights, "
                          "or the file of a checkpoint that fits")
-    network, mean, std = _build(name, num_classes, small)
+    network, mean, std, size = _build(name, num_classes, small)
     if from_file:
         _fill(network, _file_weights(weights), weights)
     elif weights:
         network.load_state_dict(_embedded_weights(network) if name == EMBEDDED else _imagenet_weights(name, weights))
+        if hasattr(network, "transform_input"):  # GoogLeNet and Inception were trained with another normalisation
+            network.transform_input = True
     if classes is None and num_classes == 1000:
         classes = imagenet_classes()
-    return Normalized(network, mean, std, classes, input_size=32 if small else 224).to(device).eval()
+    return Normalized(network, mean, std, classes, size).to(device).eval()
 
 # %% ../nbs/06_models.ipynb #f021dad8
 def top_classes(model: nn.Module,  # returns logits (N, K)

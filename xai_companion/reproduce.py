@@ -187,7 +187,7 @@ def _tell(outcomes, index):
 # %% ../nbs/65_reproduce.ipynb #0b305c39
 def _environment(now, papers, record, scratch):
     "Environment variables of the kernels"
-    words = ["xai-companion reproduce", *(papers or ()), *["--record"] * record]
+    words = ["xai-companion reproduce", *(papers or ()), *["--profile", now.profile] * (now.profile != "quick"), *["--record"] * record]
     env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "XAI_COMPANION_RECORD")}
     env |= {f"XAI_COMPANION_{k.upper()}": str(getattr(now, k)) for k in ("profile", "data", "results", "reports")}
     env |= {"XAI_COMPANION_QUIET": "1", "XAI_COMPANION_REPORT": "1", "XAI_COMPANION_COMMAND": " ".join(words)}

@@ -121,7 +121,8 @@ def agrees(fresh: list | dict,  # a recomputed row: one record, or one per seed
     if len(stored) == 1 and any(r["seed"] != stored[0]["seed"] for r in fresh):
         return None
     gpu = not all(r["provenance"]["hardware"].endswith("cores") for r in [*fresh, *stored])
-    allowed = TOLERANCE["cuda" if gpu else "cpu"] * abs(values.mean()) + 1e-6
+    size = np.sqrt(np.mean(np.square([v for r in stored for v in r.get("values", [r["value"]])])))
+    allowed = TOLERANCE["cuda" if gpu else "cpu"] * size + 1e-6
     if len(values) > 1:
         allowed = max(allowed, t_quantile(len(values) - 1) * values.std(ddof=1) * math.sqrt(1 + 1 / len(values)))
     return bool(all(abs(r["value"] - values.mean()) <= allowed for r in fresh))
@@ -243,5 +244,5 @@ def provenance(paper: str,               # sise, ada_sise, integrated_gradcam, e
         columns[profile] = {"records": str(len(origins))} | {
             name: _several(o[name] for o in origins) for name in ("commit", "command", "hardware", "dtype", "data")}
         columns[profile]["versions"] = _several(f"{k} {v}" for o in origins for k, v in o["versions"].items())
-        columns[profile]["minutes"] = f"{sum(o['seconds'] or 0 for o in origins) / 60:.1f}"
+        columns[profile]["minutes of these rows"] = f"{sum(o['seconds'] or 0 for o in origins) / 60:.1f}"
     return Table(columns) if columns else _notice(paper, table or "*")

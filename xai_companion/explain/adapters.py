@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/19_explain.adapters.ipynb #e218b621
 from ..core import seeded
-from .base import Explainer, get_explainer
+from .base import Explainer, check_counts, get_explainer
 from ..hooks import watch
 from ..masking import hidden
 
@@ -37,6 +37,7 @@ class CaptumExplainer(Explainer):
     method = None                        # name of the class in captum.attr
     reduce = staticmethod(sum_channels)  # how channels become one
     one_by_one = False                   # one image at a time, for methods that draw random numbers
+    baseline = "black"                   # what a hidden image is, for methods that compare with one
 
     def __init__(self, model, layers=None):
         if layers is not None:
@@ -47,20 +48,21 @@ class CaptumExplainer(Explainer):
         "The object of captum for our model"
         return getattr(import_module("captum.attr"), name or self.method)(self.model)
 
-    def arguments(self, images):
+    def arguments(self, images, baseline):
         "Keyword arguments of captum's `attribute`"
         return {}
 
-    def call(self, images, target):
+    def call(self, images, target, baseline):
         "captum's attributions (N, C, H, W)"
-        return self.captum().attribute(images, target=target, **self.arguments(images))
+        return self.captum().attribute(images, target=target, **self.arguments(images, baseline))
 
     def compute(self, images, target):
-        target = self.pick_target(images, target)
+        size = 1 if self.one_by_one else len(images)
+        target, baseline = self.pick_target(images, target), hidden(images, self.baseline, self.model)
         maps = []
-        for part, classes in zip(images.split(1 if self.one_by_one else len(images)), target.split(1 if self.one_by_one else len(images)), strict=True):
+        for part, classes, base in zip(images.split(size), target.split(size), baseline.split(size), strict=True):
             with torch.enable_grad(), seeded(self.seed):
-                maps.append(self.reduce(self.call(part.clone().requires_grad_(), classes)).detach())
+                maps.append(self.reduce(self.call(part.clone().requires_grad_(), classes, base)).detach())
         return torch.cat(maps)
 
 # %% ../../nbs/19_explain.adapters.ipynb #3d26aa9d
@@ -80,11 +82,11 @@ class IntegratedGradients(CaptumExplainer, name="integrated_gradients"):
                  chunk: int = 32,   # points that go through the network together
                  ):
         super().__init__(model, layers)
+        check_counts(steps=steps, chunk=chunk)
         self.steps, self.baseline, self.chunk = steps, baseline, chunk
 
-    def arguments(self, images):
-        return dict(baselines=hidden(images.detach(), self.baseline, self.model), n_steps=self.steps,
-                    internal_batch_size=max(self.chunk, len(images)))
+    def arguments(self, images, baseline):
+        return dict(baselines=baseline, n_steps=self.steps, internal_batch_size=max(self.chunk, len(images)))
 
 # %% ../../nbs/19_explain.adapters.ipynb #83a0f9f1
 class SmoothGrad(CaptumExplainer, name="smoothgrad"):
@@ -99,9 +101,10 @@ class SmoothGrad(CaptumExplainer, name="smoothgrad"):
                  chunk: int = 32,     # copies that go through the network together
                  ):
         super().__init__(model, layers)
+        check_counts(samples=samples, chunk=chunk)
         self.samples, self.noise, self.chunk = samples, noise, chunk
 
-    def call(self, images, target):
+    def call(self, images, target, baseline):
         from captum.attr import NoiseTunnel
         spread = self.noise * (images.max() - images.min()).item()
         return NoiseTunnel(self.captum("Saliency")).attribute(
@@ -121,13 +124,14 @@ class Occlusion(CaptumExplainer, name="occlusion"):
                  chunk: int = 8,    # positions of the square that go through the network together, per image
                  ):
         super().__init__(model, layers)
-        self.cells, self.fill, self.chunk = cells, fill, chunk
+        check_counts(cells=cells, chunk=chunk)
+        self.cells, self.baseline, self.chunk = cells, fill, chunk
 
-    def arguments(self, images):
+    def arguments(self, images, baseline):
         channels, *sides = images.shape[1:]
         square = [max(1, side // self.cells) for side in sides]
         return dict(sliding_window_shapes=(channels, *square), strides=(channels, *(max(1, s // 2) for s in square)),
-                    baselines=hidden(images.detach(), self.fill, self.model), perturbations_per_eval=self.chunk)
+                    baselines=baseline, perturbations_per_eval=self.chunk)
 
 # %% ../../nbs/19_explain.adapters.ipynb #4f686daf
 class ShapleySampling(CaptumExplainer, name="shapley"):
@@ -143,12 +147,13 @@ class ShapleySampling(CaptumExplainer, name="shapley"):
                  chunk: int = 16,    # masked images that go through the network together
                  ):
         super().__init__(model, layers)
-        self.cells, self.samples, self.fill, self.chunk = cells, samples, fill, chunk
+        check_counts(cells=cells, samples=samples, chunk=chunk)
+        self.cells, self.samples, self.baseline, self.chunk = cells, samples, fill, chunk
 
-    def arguments(self, images):
+    def arguments(self, images, baseline):
         rows, columns = (torch.arange(side, device=images.device) * self.cells // side for side in images.shape[2:])
         return dict(feature_mask=(rows[:, None] * self.cells + columns)[None, None], n_samples=self.samples,
-                    baselines=hidden(images.detach(), self.fill, self.model), perturbations_per_eval=self.chunk)
+                    baselines=baseline, perturbations_per_eval=self.chunk)
 
 # %% ../../nbs/19_explain.adapters.ipynb #270741f5
 @contextmanager
@@ -175,14 +180,14 @@ class DeepLift(CaptumExplainer, name="deeplift"):
         super().__init__(model, layers)
         self.baseline = baseline
 
-    def call(self, images, target):
+    def call(self, images, target, baseline):
         self.check_modules(images)
         with _no_new_attributes(self.model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Setting forward, backward hooks")
-            return super().call(images, target)
+            return super().call(images, target, baseline)
 
-    def arguments(self, images):
-        return dict(baselines=hidden(images.detach(), self.baseline, self.model))
+    def arguments(self, images, baseline):
+        return dict(baselines=baseline)
 
     def check_modules(self, images):
         "Refuse activations that captum's DeepLift cannot follow"

@@ -274,16 +274,16 @@ def check_explainer(cls: type[Explainer],  # the class to check
 
     for name, check in PROMISES.items():
         try:
-            check(make_with_layers if takes_layers(cls) else make)
+            check(make_with_layers if takes_layers(cls, **options) else make)
         except Exception as error:
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             raise AssertionError(f"{cls.__name__} breaks the promise {name}: {kind}{error}") from error
     return list(PROMISES)
 
-def takes_layers(cls: type[Explainer]) -> bool:
+def takes_layers(cls: type[Explainer], **options) -> bool:
     "Does the method explain layers, rather than pixels"
     try:
-        cls(trap_network(), layers=LAYER)
+        cls(trap_network(), layers=LAYER, **options)
     except ValueError:
         return False
     return True

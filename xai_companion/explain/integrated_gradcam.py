@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/12_explain.integrated_gradcam.ipynb #4355f869
-from .base import Explainer, activations_and_gradients
+from .base import Explainer, activations_and_gradients, check_counts
 from .cam import gradcam_weights
 from ..hooks import capture
 from ..masking import hidden
@@ -28,8 +28,7 @@ class IntegratedGradCAM(Explainer, name="integrated_gradcam"):
                  chunk: int = 32,    # points that go through the network together
                  ):
         super().__init__(model, layers)
-        if steps < 1 or chunk < 1:
-            raise ValueError(f"steps and chunk must be at least 1, got steps={steps}, chunk={chunk}")
+        check_counts(steps=steps, chunk=chunk)
         if isinstance(layers, (list, tuple)) and len(layers) != 1:
             raise ValueError(f"Integrated Grad-CAM explains one layer, got {len(layers)}")
         self.steps, self.baseline, self.relu, self.as_released, self.chunk = steps, baseline, relu, as_released, chunk
