@@ -88,6 +88,12 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     torch.save(load_model("resnet18", weights=None, num_classes=4).network.state_dict(), tmp_path / "net.pt")
     with pytest.raises(ValueError, match="does not fit.*fc.weight.*num_classes"):
         load_model("resnet18", weights=tmp_path / "net.pt", num_classes=5)
+    for content in (b"", b"not a checkpoint"):
+        (tmp_path / "bad.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match="bad.ckpt is damaged or holds no state dict"):
+            load_model("resnet18", weights=tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match="no weights called 'imagnet'"):
+        load_model(weights="imagnet")
     with pytest.raises(FileNotFoundError, match="missing.pt"):
         load_model("resnet18", weights="missing.pt")
     with pytest.raises(ValueError, match="IMAGENET1K_V1"):
