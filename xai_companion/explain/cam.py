@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/11_explain.cam.ipynb #de5cf201
-from .base import Explainer, activations_and_gradients, normalize_map, upsample
+from .base import Explainer, activations_and_gradients
+from ..masking import normalize_map, upsample
 
 # %% ../../nbs/11_explain.cam.ipynb #e853554b
 def gradcam_weights(acts: Tensor,   # A, (N, K, h, w)
