@@ -5,11 +5,13 @@ import torch
 from xai_companion.data.photos import photos
 from xai_companion.explain import EXPLAINERS, explain
 from xai_companion.explain.contract import PROMISES, check_explainer
+from xai_companion.masking import normalize_map
 from xai_companion.models import load_model
+from xai_companion.results import correlation
 
 CHEAP = {
     "integrated_gradcam": {"steps": 4}, "integrated_gradients": {"steps": 5}, "smoothgrad": {"samples": 3},
-    "shapley": {"samples": 2, "cells": 3}, "occlusion": {"cells": 3},
+    "shapley": {"samples": 2, "cells": 3}, "occlusion": {"cells": 3}, "rise": {"n_masks": 12}, "extremal": {"steps": 3, "areas": (0.1, 0.3)},
 }
 
 
@@ -28,10 +30,67 @@ def test_half_precision(name):
     assert torch.corrcoef(torch.stack([exact.flatten(), half.flatten()]))[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("name, options", [
+    ("sise", {"as_released": True}), ("sise", {"mu": 0.3, "fill": "blur"}), ("sise", {"score": "logit"}), ("sise", {"score": "sigmoid"}),
+    ("ada_sise", {"population": "all"}), ("scorecam", {"variant": "official"}), ("scorecam", {"variant": "grad-cam"}),
+    ("scorecam", {"variant": "torchcam"}), ("rise", {"fill": "blur", "n_masks": 12}),
+])
+def test_contract_with_options(name, options):
+    assert check_explainer(EXPLAINERS[name], **options) == list(PROMISES)
+
+
+def test_sise_in_bfloat16():
+    """Scores under autocast, compared on V_b scaled to [0, 1]: at most 0.1 apart. The choice of masks is the same, for it is
+    made in float32. The fused map has a hard gate and is compared by correlation."""
+    model, images = load_model(), photos()[:2]
+    exact, half = (EXPLAINERS["sise"](model, mu=0.3, dtype=dtype).blocks(images, [285, 967]) for dtype in (None, torch.bfloat16))
+    for a, b in zip(exact, half, strict=True):
+        assert torch.equal(a.kept, b.kept) and b.visual.dtype == torch.float32
+        assert (normalize_map(a.visual) - normalize_map(b.visual)).abs().max() < 0.1
+        assert correlation(a.visual, b.visual).min() > 0.99
+    assert correlation(exact[-1].fused, half[-1].fused).min() > 0.95
+
+
+def test_more_mu_fewer_masks():
+    model, images = load_model(), photos(64)
+    kept = [EXPLAINERS["sise"](model, mu=mu).masks_kept(images) for mu in (0.0, 0.1, 0.3, 0.5, 0.75)]
+    counts = [sum(k.sum(1) for k in layers.values()) for layers in kept]
+    assert all((a >= b).all() and (b > 0).all() for a, b in zip(counts, counts[1:], strict=False))
+    assert all((b & ~a == 0).all() for more, less in zip(kept, kept[1:], strict=False) for a, b in zip(more.values(), less.values(), strict=True))
+
+
+def test_the_maps_of_sise_are_those_the_paper_counts():
+    for name, count in (("resnet50", 3904), ("vgg16", 1472)):
+        kept = EXPLAINERS["sise"](load_model(name, weights=None)).masks_kept(torch.rand(1, 3, 64, 64), 0)
+        assert sum(k.shape[1] for k in kept.values()) == count
+
+
+def test_a_very_unlikely_class_is_explained():
+    "The probability underflows float32, its logarithm does not"
+    model, images = load_model(), photos(64)[:1]
+    sharp = torch.nn.Sequential(model, Times(40)).eval()
+    with torch.no_grad():
+        worst = model(images).argmin(1)
+        assert sharp(images).softmax(1)[0, worst] == 0
+    kept = EXPLAINERS["sise"](sharp, layers=["0.network.blocks.2", "0.network.bn2"]).masks_kept(images, worst)
+    assert all(k.any() for k in kept.values())
+
+
+class Times(torch.nn.Module):
+    "Multiplies by a number"
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
 def test_options_must_make_sense():
     model, images = load_model(), photos()[:1]
     for name, option in (("occlusion", "cells"), ("smoothgrad", "samples"), ("shapley", "cells"), ("integrated_gradients", "steps"),
-                         ("integrated_gradcam", "steps"), ("integrated_gradcam", "chunk")):
+                         ("integrated_gradcam", "steps"), ("integrated_gradcam", "chunk"), ("rise", "n_masks"), ("rise", "cells"),
+                         ("sise", "chunk"), ("extremal", "steps")):
         with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1, got 0"):
             explain(model, images, name, **{option: 0})
     with pytest.raises(TypeError, match="find_class"):

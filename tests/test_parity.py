@@ -9,7 +9,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from xai_companion.data.photos import photos
 from xai_companion.explain import EXPLAINERS, explain
-from xai_companion.explain.base import activations_and_gradients, normalize_map, upsample
+from xai_companion.explain.base import activations_and_gradients
+from xai_companion.masking import normalize_map, upsample
 from xai_companion.models import last_conv, load_model
 
 NETWORKS = ("efficientnet_lite0", "resnet18", "vgg16_bn", "densenet121")
@@ -90,3 +91,20 @@ def test_several_layers():
     both = explain(model, images, "gradcam", TARGETS, layers=["blocks.4", "bn2"])
     single = [explain(model, images, "gradcam", TARGETS, layers=layer) for layer in ("blocks.4", "bn2")]
     assert relative(both, sum(normalize_map(m) for m in single) / 2) < 1e-5
+
+
+@pytest.mark.parametrize("library", ["grad-cam", "torchcam"])
+@pytest.mark.parametrize("name, layer", [("efficientnet_lite0", "blocks.1"), ("resnet18", "layer1")])
+def test_scorecam(name, layer, library):
+    "The libraries' Score-CAM, by the variant that has their name; blocks.1 has values of both signs"
+    torch.manual_seed(0)
+    model, images = load_model(name, weights="imagenet" if name == "efficientnet_lite0" else None), photos(64)[[0, 3]]
+    if library == "torchcam":
+        theirs = torchcam_map("ScoreCAM", model, layer, images)
+    else:
+        cam = pytorch_grad_cam.ScoreCAM(model=model, target_layers=[model.get_submodule(layer)])
+        cam.get_target_width_height = lambda images: None
+        with cam, torch.no_grad():
+            theirs = torch.from_numpy(cam(input_tensor=images, targets=[ClassifierOutputTarget(t) for t in TARGETS]))
+    ours = EXPLAINERS["scorecam"](model, layer, variant=library).compute(images, TARGETS)
+    assert relative(normalize_map(ours)[:, 0], theirs) < 1e-3
