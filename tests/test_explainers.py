@@ -4,7 +4,7 @@ import torch
 
 from xai_companion.data.photos import photos
 from xai_companion.explain import EXPLAINERS, explain
-from xai_companion.explain.contract import PROMISES, check_explainer
+from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
 from xai_companion.masking import normalize_map
 from xai_companion.models import load_model
 from xai_companion.results import correlation
@@ -84,6 +84,19 @@ class Times(torch.nn.Module):
 
     def forward(self, x):
         return self.factor * x
+
+
+@pytest.mark.parametrize("name", ["gradcam", "integrated_gradcam", "fullgrad", "sise", "scorecam", "rise"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_models(name, in_place):
+    "Hooks see the layers of a compiled model, and the maps are those of the model as written"
+    network, images, options = trap_network().eval(), trap_images(2), CHEAP.get(name, {})
+    expected = explain(network, images, name, 1, **options)
+    if in_place:
+        network.compile(backend="eager")
+    else:
+        network = torch.compile(network, backend="eager")
+    torch.testing.assert_close(explain(network, images, name, 1, **options), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_options_must_make_sense():

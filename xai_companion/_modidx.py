@@ -364,6 +364,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'xai_companion.hooks._keep': ('hooks.html#_keep', 'xai_companion/hooks.py'),
                                      'xai_companion.hooks._tensors': ('hooks.html#_tensors', 'xai_companion/hooks.py'),
                                      'xai_companion.hooks.capture': ('hooks.html#capture', 'xai_companion/hooks.py'),
+                                     'xai_companion.hooks.eagerly': ('hooks.html#eagerly', 'xai_companion/hooks.py'),
                                      'xai_companion.hooks.evaluating': ('hooks.html#evaluating', 'xai_companion/hooks.py'),
                                      'xai_companion.hooks.find_layers': ('hooks.html#find_layers', 'xai_companion/hooks.py'),
                                      'xai_companion.hooks.unwrapped': ('hooks.html#unwrapped', 'xai_companion/hooks.py'),

@@ -77,8 +77,6 @@ def bias_layers(model: nn.Module,  # in evaluation mode; wrappers are transparen
                 images: Tensor,    # (N, C, H, W); the first one is used
                 ) -> dict[str, str]:
     "Where biases enter and which layer they belong to: names of modules"
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl for m in model.modules()):
-        raise ValueError("a compiled model hides its layers from FullGrad: give the model from before torch.compile")
     with watch(model) as calls:
         model(images[:1])
     runs = Counter(call.name for call in calls if call.name)
