@@ -212,7 +212,7 @@ def score_cam_peers(model: nn.Module, layer: str, image, target: int) -> dict:
     return {"grad-cam": grad_cam, "torchcam": torch_cam}
 
 # %% ../nbs/66_bench.ipynb #678ca528
-LAYERS = {"resnet18": "layer3", "resnet50": "layer1", "efficientnet_lite0": "blocks.4"}  # 256, 256 and 112 maps
+LAYERS = {"resnet18": "layer3", "resnet50": "relu", "efficientnet_lite0": "blocks.4"}  # 256, 64 and 112 maps
 
 def bench_scorecam(name: str,          # one of NETWORKS
                    repeats: int = 3,   # rounds
