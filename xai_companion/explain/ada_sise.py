@@ -29,7 +29,8 @@ class AdaSISE(SISE, name="ada_sise"):
 
     def select(self, maps, alpha) -> Tensor:
         useful = super().select(maps, alpha)
-        best = alpha.amax(1, keepdim=True)
-        scores = alpha / best.where(best > 0, best.new_ones(()))
+        largest = alpha.amax(1, keepdim=True)
+        scores = alpha / largest.where(largest > 0, 1)
         ends = dict(low=0.0, high=1.0, valid=scores > 0) if self.population == "positive" else {}
-        return useful & ((scores > otsu(scores, **ends)[:, None]) | (alpha == best))
+        best = scores.where(useful, 0).amax(1, keepdim=True)
+        return useful & ((scores > otsu(scores, **ends)[:, None]) | (scores == best))
