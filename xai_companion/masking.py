@@ -104,6 +104,8 @@ def in_chunks(step: Callable,  # function of a slice; changes nothing when it fa
               title: str = "", # of the progress bar
               ):
     "Run `step` over slices of range(total)"
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     size = chunk
     for start in progress(range(0, total, chunk), title, unit="chunk"):
         stop = min(start + chunk, total)
@@ -181,5 +183,5 @@ def masked_scores(model: nn.Module,  # takes images in [0, 1], returns logits (N
             into.index_add_(0, own, (mask * weight.view(-1, 1, 1, 1)).to(into.dtype))
 
     with evaluating(model), torch.inference_mode(), torch.autocast(images.device.type, dtype) if dtype else nullcontext():
-        in_chunks(step, len(index), chunk or default_chunk(images), title)
+        in_chunks(step, len(index), default_chunk(images) if chunk is None else chunk, title)
     return scores
