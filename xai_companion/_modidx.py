@@ -29,6 +29,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xai_companion.cli.run_explain': ('cli.html#run_explain', 'xai_companion/cli.py'),
                                    'xai_companion.cli.run_reproduce': ('cli.html#run_reproduce', 'xai_companion/cli.py'),
                                    'xai_companion.cli.save_png': ('cli.html#save_png', 'xai_companion/cli.py'),
+                                   'xai_companion.cli.with_options': ('cli.html#with_options', 'xai_companion/cli.py'),
                                    'xai_companion.cli.write_explanations': ('cli.html#write_explanations', 'xai_companion/cli.py')},
             'xai_companion.core': { 'xai_companion.core.Settings': ('core.html#settings', 'xai_companion/core.py'),
                                     'xai_companion.core._path': ('core.html#_path', 'xai_companion/core.py'),
