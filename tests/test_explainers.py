@@ -1,6 +1,7 @@
 """The contract on every registered explainer, whatever registers it."""
 import pytest
 import torch
+from skimage.filters import threshold_otsu
 
 from xai_companion.data.photos import photos
 from xai_companion.explain import EXPLAINERS, explain
@@ -49,6 +50,35 @@ def test_sise_in_bfloat16():
         assert (normalize_map(a.visual) - normalize_map(b.visual)).abs().max() < 0.1
         assert correlation(a.visual, b.visual).min() > 0.99
     assert correlation(exact[-1].fused, half[-1].fused).min() > 0.95
+
+
+def slow_fused(model, blocks, image, target):
+    "The fused map of one image from the maps and the choice of masks in `blocks`, one mask at a time"
+    fused = None
+    for block in blocks:
+        visual = 0
+        for a in block.maps[0][block.kept[0]]:
+            mask = torch.nn.functional.interpolate(a[None, None], image.shape[2:], mode="bilinear")
+            mask = (mask - mask.min()) / (mask.max() - mask.min())
+            with torch.no_grad():
+                visual = visual + model(image * mask).softmax(1)[0, target] * mask / mask.sum()
+        scaled = (visual - visual.min()) / (visual.max() - visual.min())
+        open_ = scaled > threshold_otsu(scaled.numpy(), nbins=256).item()
+        fused = scaled if fused is None else (fused + scaled) * open_
+    return fused
+
+
+@pytest.mark.parametrize("name, options", [("sise", {}), ("ada_sise", {}), ("ada_sise", {"population": "all"})])
+def test_fused_maps_agree_with_a_loop(name, options):
+    "By correlation and by pixels, because the gate is hard (the choice of masks is compared in the notebooks)"
+    model, images = load_model(), photos(64)[:2]
+    explainer = EXPLAINERS[name](model, layers=["blocks.1", "blocks.2", "blocks.4"], **options)
+    together = explainer.attribute(images, [285, 967])
+    for i, target in enumerate((285, 967)):
+        image = images[i:i + 1]
+        slow = slow_fused(model, explainer.blocks(image, target), image, target)
+        assert correlation(together[i:i + 1], slow) > 0.999
+        assert ((together[i:i + 1] - slow).abs() > 1e-4).float().mean() < 0.01
 
 
 def test_more_mu_fewer_masks():
