@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from xai_companion import results
+from xai_companion import results, verdicts
 from xai_companion.core import PROFILES
 from xai_companion.records import mean_interval, record, validate
 from xai_companion.results import PAPERS, agrees, load, save, show
@@ -124,18 +124,20 @@ def test_show(folders, monkeypatch):
     assert len(notice) == 1 and "reproduce --record" in notice.iloc[0, 0]
 
 
+TABLES = {"show": show, "grid": results.grid, "provenance": results.provenance, "claims": verdicts.claims,
+          "comparisons": verdicts.comparisons}
 SHOWN = [(file.relative_to(ROOT).as_posix(), cell["source"], cell["outputs"]) for file in sorted((ROOT / "nbs").rglob("*.ipynb"))
          for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]
-         if cell["cell_type"] == "code" and "".join(cell["source"]).startswith(("show(", "provenance("))]
+         if cell["cell_type"] == "code" and "".join(cell["source"]).startswith(tuple(f"{name}(" for name in TABLES))]
 
 
 @pytest.mark.parametrize("name, source, outputs", SHOWN, ids=[f"{n}-{''.join(s)}" for n, s, _ in SHOWN])
 def test_stored_tables_show_the_records(name, source, outputs, monkeypatch):
     "Render every table of the notebooks again from results/: what a page shows is what is recorded"
-    if name.endswith("02_results.ipynb"):
+    if name.endswith(("02_results.ipynb", "02a_verdicts.ipynb")):
         pytest.skip("that notebook makes a miniature set of results for itself")
     monkeypatch.chdir(ROOT)
     for variable in ("XAI_COMPANION_REPORT", "XAI_COMPANION_RESULTS"):
         monkeypatch.delenv(variable, raising=False)
-    table = eval("".join(source), {"show": results.show, "provenance": results.provenance})
+    table = eval("".join(source), dict(TABLES))
     assert "".join(outputs[0]["data"]["text/plain"]) == repr(table)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'TOLERANCE', 'ANSWER', 'save', 'load', 'correlation', 'save_row', 'summarize', 'agrees', 'Table', 'show',
-           'compare', 'provenance', 'record', 'validate', 'mean_interval']
+           'grid', 'compare', 'provenance', 'record', 'validate', 'mean_interval']
 
 # %% ../nbs/02_results.ipynb #c693bf20
 import json
@@ -133,6 +133,13 @@ def summarize(records: list  # of one row: the same config, one per seed
 # %% ../nbs/02_results.ipynb #3410186a
 TOLERANCE = {"cpu": 0.01, "cuda": 0.05}  # relative, when seeds say nothing about the spread
 
+def _mean_square(r):
+    "Mean square over the images of a record, from its values, or else from its mean and interval"
+    if "values" in r or "interval" not in r:
+        return np.mean(np.square(r.get("values", r["value"])))
+    low, high = r["interval"]
+    return r["value"] ** 2 + (r["n"] - 1) * ((high - low) / 2 / t_quantile(max(r["n"] - 1, 1))) ** 2
+
 def agrees(fresh: list | dict,  # a recomputed row: one record, or one per seed
            stored: list | dict  # the stored records of the same row and profile
            ) -> bool | None:
@@ -144,7 +151,7 @@ def agrees(fresh: list | dict,  # a recomputed row: one record, or one per seed
     if len(stored) == 1 and any(r["seed"] != stored[0]["seed"] for r in fresh):
         return None
     gpu = not all(r["provenance"]["hardware"].endswith("cores") for r in [*fresh, *stored])
-    size = np.sqrt(np.mean(np.square([v for r in stored for v in r.get("values", [r["value"]])])))
+    size = np.sqrt(np.mean([_mean_square(r) for r in stored]))
     allowed = TOLERANCE["cuda" if gpu else "cpu"] * size + 1e-6
     if len(values) > 1:
         allowed = max(allowed, t_quantile(len(values) - 1) * values.std(ddof=1) * math.sqrt(1 + 1 / len(values)))
@@ -214,16 +221,53 @@ def _notice(paper, table):
     remedy = "run `xai-companion reproduce --record` in a clone to store some"
     return Table({"": [f"no stored records yet: {remedy}"]}, index=[f"{paper}/{table}"])
 
+def _sources(paper, table):
+    "The rows of a table by where they come from: the stored profiles, and this run inside `reproduce`"
+    columns = {profile: _rows(records) for profile, records in load(paper, table).items()}
+    now = settings()
+    fresh = load(paper, table, now.reports).get(now.profile) if os.environ.get("XAI_COMPANION_REPORT") == "1" else None
+    return columns | ({"this run": _rows(fresh)} if fresh else {})
+
 def show(paper: str,  # sise, ada_sise, integrated_gradcam, edda, excon or bench
          table: str   # name of the table
          ) -> pd.DataFrame:
     "The table: the paper's numbers beside the stored ones of each profile, and this run's inside `reproduce`"
-    columns = {profile: _rows(records) for profile, records in load(paper, table).items()}
-    now = settings()
-    fresh = load(paper, table, now.reports).get(now.profile) if os.environ.get("XAI_COMPANION_REPORT") == "1" else None
-    if fresh:
-        columns["this run"] = _rows(fresh)
+    columns = _sources(paper, table)
     return _table(columns) if columns else _notice(paper, table)
+
+# %% ../nbs/02_results.ipynb #ea06fd8c
+def _grid_cell(records):
+    "Mean ± half of the interval"
+    value, interval, _ = summarize(records)
+    if interval is None or interval[0] == interval[1]:
+        return _number(value)
+    half = (interval[1] - interval[0]) / 2
+    decimals = min(max(1 - math.floor(math.log10(half)), 0), 6)
+    return f"{_number(value, decimals)} ± {_number(half, decimals)}"
+
+def grid(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
+         table: str,  # name of the table
+         across: str = "metric",  # the entry of the config whose values are the columns
+         ) -> pd.DataFrame:
+    "The table with a line per row and source, and a column per value of one entry"
+    lines, counts = {}, {}
+    for source, rows in _sources(paper, table).items():
+        for records in rows.values():
+            config = records[0]["config"]
+            column = f"{config[across]} ({records[0]['unit']})" if records[0]["unit"] else config[across]
+            label = canonical({k: v for k, v in config.items() if k not in (across, "version")})
+            if records[0]["paper"] != NOT_AVAILABLE:
+                lines.setdefault((label, "paper"), {})[column] = str(records[0]["paper"]["value"])
+            lines.setdefault((label, source), {})[column] = _grid_cell(records)
+            counts.setdefault((label, source), set()).add(records[0]["n"])
+    if not lines:
+        return _notice(paper, table)
+    kinds = list(dict.fromkeys(label for label, _ in lines))
+    names = dict(zip(kinds, _labels([{**json.loads(kind)} for kind in kinds]), strict=True))
+    order = sorted(lines, key=lambda line: (kinds.index(line[0]), line[1] != "paper"))
+    body = pd.DataFrame([lines[line] for line in order]).fillna("")
+    body["n"] = [" to ".join(map(str, sorted({min(c), max(c)}))) if (c := counts.get(line)) else "" for line in order]
+    return Table(body.to_dict("list"), index=pd.MultiIndex.from_tuples([(names[label], source) for label, source in order]))
 
 # %% ../nbs/02_results.ipynb #5ddef71e
 ANSWER = {True: "yes", False: "NO", None: "-"}
