@@ -128,7 +128,7 @@ TABLES = {"show": show, "grid": results.grid, "provenance": results.provenance, 
           "comparisons": verdicts.comparisons}
 SHOWN = [(file.relative_to(ROOT).as_posix(), cell["source"], cell["outputs"]) for file in sorted((ROOT / "nbs").rglob("*.ipynb"))
          for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]
-         if cell["cell_type"] == "code" and "".join(cell["source"]).startswith(tuple(f"{name}(" for name in TABLES))]
+         if cell["cell_type"] == "code" and "".join(cell["source"]).startswith(tuple(f"{name}(\"" for name in TABLES))]
 
 
 @pytest.mark.parametrize("name, source, outputs", SHOWN, ids=[f"{n}-{''.join(s)}" for n, s, _ in SHOWN])

@@ -1,0 +1,203 @@
+"""The evaluation: equal to a naive loop, to itself after an interruption, and to itself on two processes."""
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from xai_companion.data.items import ImageSet, Item
+from xai_companion.data.synthetic import Synthetic
+from xai_companion.evaluate import Ledger, by_size, evaluate, load_units, seeded_order, summary
+from xai_companion.explain import SISE, GradCAM
+from xai_companion.explain.contract import trap_network
+from xai_companion.metrics import (
+    METRICS,
+    average_drop,
+    bbox_score,
+    deletion_auc,
+    ebpg,
+    increase_rate,
+    insertion_auc,
+    miou,
+    pointing_game,
+)
+
+
+class Street(ImageSet):
+    "Six images of 20 x 24 with one to three of six classes; the last class has no box"
+    name, split, multi_label, classes, fingerprint = "street", "val", True, list("abcdef"), "street val 6"
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        draw = torch.Generator().manual_seed(index)
+        labels = tuple(range(index % 3, index % 3 + 1 + index % 3)) + ((5,) if index == 4 else ())
+        boxes = torch.tensor([[2.0 * k, 1, 2 * k + 9, 12] for k in labels if k != 5])
+        kinds = tuple(k for k in labels if k != 5)
+        return Item(f"{index}.jpg", torch.rand(3, 20, 24, generator=draw), labels, boxes, kinds)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return trap_network()
+
+
+def without_time(frame):
+    return frame.drop(columns="seconds")
+
+
+def test_rows_equal_a_naive_loop(network):
+    frame = evaluate({"cam": GradCAM(network)}, Street(), list(METRICS), batch=4, score="sigmoid")
+    order, rows = seeded_order(6), []
+    for position, index in enumerate(order):
+        item = Street()[index]
+        for label in item.labels:
+            image, place = item.image[None], item.mask(label)
+            cam = GradCAM(network).attribute(image, label)
+            with torch.no_grad():
+                logits = network.eval()(image)
+            one = {"position": position, "name": item.name, "label": label, "predicted": logits.argmax().item(),
+                   "probability": logits.sigmoid()[0, label].item(), "area": np.nan if place is None else place.float().mean().item(),
+                   "drop": average_drop(network, image, cam, label, score="sigmoid").item(),
+                   "increase": increase_rate(network, image, cam, label, score="sigmoid").item(),
+                   "insertion": insertion_auc(network, image, cam, label, score="sigmoid").item(),
+                   "deletion": deletion_auc(network, image, cam, label, score="sigmoid").item()}
+            for name, metric in {"ebpg": ebpg, "miou": miou, "bbox": bbox_score, "pointing": pointing_game}.items():
+                one[name] = np.nan if place is None else metric(cam, place[None], **({"tolerance": 2} if name == "pointing" else {})).item()
+            rows.append(one)
+    naive = pd.DataFrame(rows)
+    assert len(frame) == len(naive) == 6 * 2 + 1 and naive.ebpg.isna().sum() == 1
+    for column in naive:
+        if column == "name":
+            assert list(frame.name) == list(naive.name)
+        else:
+            np.testing.assert_allclose(frame[column].astype(float), naive[column].astype(float), rtol=2e-4, atol=2e-5, err_msg=column)
+
+
+PROGRAM = textwrap.dedent("""
+    import sys
+    from test_evaluate import Street
+    from xai_companion.evaluate import evaluate
+    from xai_companion.explain import SISE, GradCAM
+    from xai_companion.explain.contract import trap_network
+    network = trap_network()
+    frame = evaluate({"cam": GradCAM(network), "sise": SISE(network)}, Street(), ("ebpg", "drop"), batch=1, folder=sys.argv[1], score="sigmoid")
+    frame.to_json(sys.argv[2] + f"/{__import__('os').environ.get('RANK', 0)}.json", orient="records", double_precision=15)
+""")
+
+
+def test_two_processes_give_the_table_of_one(network, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, tmp_path / "both", tmp_path]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    ranks = [pd.DataFrame(json.loads((tmp_path / f"{rank}.json").read_text())) for rank in range(2)]
+    written = [sum(len(file.read_text().splitlines()) for file in (tmp_path / "both").glob(f"*.{rank}.jsonl")) for rank in range(2)]
+    assert written == [6, 6], "each process should have done half of the batches of both explainers"
+    one = evaluate({"cam": GradCAM(network), "sise": SISE(network)}, Street(), ("ebpg", "drop"), batch=1, score="sigmoid")
+    for frame in ranks:
+        pd.testing.assert_frame_equal(without_time(frame)[list(without_time(one))], without_time(one), check_dtype=False)
+
+
+def test_a_stopped_run_goes_on(network, tmp_path, monkeypatch):
+    explainers = {"cam": GradCAM(network), "sise": SISE(network)}
+    whole = evaluate(explainers, Street(), ("ebpg", "drop"), batch=1)
+    add, left = Ledger.add, iter([True] * 5)
+
+    def stop(self, *arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        add(self, *arguments)
+
+    monkeypatch.setattr(Ledger, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(explainers, Street(), ("ebpg", "drop"), batch=1, folder=tmp_path)
+    monkeypatch.setattr(Ledger, "add", add)
+    with open(next(tmp_path.glob("gradcam*.jsonl")), "ab") as stream:
+        stream.write(b'{"batch": 3, "rows"')
+    calls = []
+    monkeypatch.setattr(GradCAM, "attribute", lambda self, *a, inner=GradCAM.attribute: calls.append(0) or inner(self, *a))
+    resumed = evaluate(explainers, Street(), ("ebpg", "drop"), batch=1, folder=tmp_path)
+    pd.testing.assert_frame_equal(without_time(resumed), without_time(whole))
+    assert len(calls) == 3, "three of six batches were left for Grad-CAM"
+    evaluate({"cam": GradCAM(network, layers="2")}, Street(), ("ebpg", "drop"), batch=1, folder=tmp_path)
+    assert len(calls) == 9, "another layer is another explainer, and starts anew"
+
+
+def test_more_images_complete_a_short_last_batch(network, tmp_path):
+    explainers = {"cam": GradCAM(network)}
+    evaluate(explainers, Street(), ("drop",), n=3, batch=2, folder=tmp_path)
+    more = evaluate(explainers, Street(), ("drop",), n=6, batch=2, folder=tmp_path)
+    assert sorted(more.position.unique()) == list(range(6))
+    fewer = evaluate(explainers, Street(), ("drop",), n=3, batch=2, folder=tmp_path)
+    assert sorted(fewer.position.unique()) == list(range(3))
+
+
+def test_a_damaged_line_names_the_file(network, tmp_path):
+    evaluate({"cam": GradCAM(network)}, Street(), ("drop",), n=2, batch=1, folder=tmp_path)
+    file = next(tmp_path.glob("*.jsonl"))
+    file.write_text("nonsense\n" + file.read_text())
+    with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+        evaluate({"cam": GradCAM(network)}, Street(), ("drop",), n=2, batch=1, folder=tmp_path)
+
+
+def test_budget_stops_the_slow_and_keeps_pairs(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ledger, "seconds", property(lambda self: len(self.done) * self.own.name.startswith("sise")))
+    explainers = {"cam": GradCAM(network), "sise": SISE(network)}
+    done = evaluate(explainers, Street(), ("drop",), batch=1, budget=3, folder=tmp_path).groupby("explainer").position.unique()
+    assert done["sise"].tolist() == [0, 1, 2] and done["cam"].tolist() == list(range(6))
+
+
+def test_one_order_for_all():
+    assert seeded_order(50, 7) == seeded_order(50)[:7] and sorted(seeded_order(50)) == list(range(50))
+    units = load_units(Street(), seeded_order(6), range(6), 32)
+    assert units.images.shape == (13, 3, 32, 32) and [m is None for m in units.masks].count(True) == 1
+    assert units.target.tolist() == [fact["label"] for fact in units.facts]
+
+
+def test_thirds_by_area():
+    frame = pd.DataFrame({"position": range(9), "label": 0, "area": np.linspace(0.1, 0.9, 9), "explainer": "a", "ebpg": 0.5})
+    assert list(by_size(frame).third) == ["small"] * 3 + ["medium"] * 3 + ["large"] * 3
+    with pytest.raises(ValueError, match="where its object is"):
+        by_size(frame.assign(area=np.nan))
+
+
+def test_summary_has_the_interval_of_scipy():
+    from scipy import stats
+    values = np.random.default_rng(0).random(30)
+    frame = pd.DataFrame({"explainer": "a", "ebpg": values, "seconds": 0.25})
+    half = stats.t.ppf(0.975, 29) * stats.sem(100 * values)
+    assert summary(frame).loc["a", "EBPG (%)"] == f"{100 * values.mean():.1f} ± {half:.1f}"
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"metrics": ("ebgp",)}, "unknown metric ebgp"), ({"metrics": ()}, "none given"), ({"n": 0}, "at least 1"),
+    ({"explainers": {}}, "got 0 models"), ({"score": "probability"}, "unknown score"), ({"batch": 0}, "batch must be")])
+def test_bad_input(network, change, words):
+    call = {"explainers": {"cam": GradCAM(network)}, "data": Street(), "metrics": ("drop",)} | change
+    with pytest.raises(ValueError, match=words):
+        evaluate(**call)
+
+
+def test_labels_that_the_model_does_not_have(network):
+    with pytest.raises(ValueError, match="out of range: the model has the classes 0 to 5"):
+        evaluate({"cam": GradCAM(network)}, Synthetic("test", n=12, size=32), ("ebpg",))
+
+
+def test_two_models_are_not_compared(network):
+    with pytest.raises(ValueError, match="2 models"):
+        evaluate({"a": GradCAM(network), "b": GradCAM(trap_network(1))}, Street(), ("drop",))
+
+
+def test_several_processes_need_a_folder(network, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="folder"):
+        evaluate({"cam": GradCAM(network)}, Street(), ("drop",))

@@ -1,0 +1,96 @@
+"""Paired tests, Holm's levels and verdicts against their definitions; the table of claims from files."""
+import numpy as np
+import pytest
+from scipy import stats
+
+from xai_companion.records import mean_interval
+from xai_companion.verdicts import (
+    ABOVE,
+    BELOW,
+    CLAIMS,
+    claims,
+    comparisons,
+    forest,
+    holm_levels,
+    overall,
+    paired_p,
+    save_comparisons,
+    verdict,
+    within,
+)
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    "A quick, recording run with its own results/ and reports/"
+    for name in ("RESULTS", "REPORTS"):
+        monkeypatch.setenv(f"XAI_COMPANION_{name}", str(tmp_path / name.lower()))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
+    monkeypatch.setenv("XAI_COMPANION_RECORD", "1")
+    return tmp_path
+
+
+def test_p_is_scipys():
+    a, b = np.random.default_rng(0).normal(size=(2, 25))
+    assert paired_p(a - b) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+
+
+def test_holm_rejects_what_the_definition_rejects():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        p = rng.uniform(0, 0.05, rng.integers(1, 7)).tolist()
+        ordered = sorted(p)
+        stop = next((i for i, value in enumerate(ordered) if value >= 0.05 / (len(p) - i)), len(p))
+        assert [value < 1 - level for value, level in zip(p, holm_levels(p), strict=True)] == [value in ordered[:stop] for value in p]
+
+
+def test_family_wise_error_stays_below_alpha():
+    rng = np.random.default_rng(2)
+    alarms = 0
+    for _ in range(1000):
+        p = [paired_p(sample) for sample in rng.normal(size=(5, 10))]
+        alarms += any(value < 1 - level for value, level in zip(p, holm_levels(p), strict=True))
+    assert alarms / 1000 < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1000)
+
+
+@pytest.mark.parametrize("interval, claimed, expected", [
+    ((0.1, 2), ABOVE, "supported"), ((0.1, 2), BELOW, "contradicted"), ((-1, 1), ABOVE, "inconclusive"), ((-1, 1), within(1.5), "supported"),
+    ((2, 3), within(1.5), "contradicted"), ((1, 3), within(1.5), "inconclusive"), ((0, 0), ABOVE, "inconclusive"), ((5, 9), (0, 30), "supported"),
+    ((40, 60), (0, 30), "contradicted"), ((-5, -1), (0, 30), "contradicted")])
+def test_verdict(interval, claimed, expected):
+    assert verdict(interval, claimed) == expected
+
+
+def test_overall():
+    assert overall(["supported", "supported"]) == "supported"
+    assert overall(["supported", "contradicted"]) == overall(["supported", "inconclusive"]) == "mixed"
+    assert overall([]) == "not tested"
+
+
+def test_table_of_claims(quick, monkeypatch):
+    rng = np.random.default_rng(3)
+    near, far = rng.normal(0.1, 1, 20), rng.normal(3, 1, 20)
+    save_comparisons("sise", 1, "here", "EBPG", {"a": near, "b": far}, ABOVE)
+    save_comparisons("sise", 3, "here", "Drop", {"mu": near}, within(2), data="a set", device="cpu")
+    table = claims("sise")
+    assert table.index.name == "claim" and len(table) == len(CLAIMS["sise"]) + 2
+    assert list(table.verdict)[:2] == ["mixed", "mixed"] and table.comparisons.iloc[1] == "1 inconclusive, 1 supported"
+    assert table.verdict[[name for name in table.index if name.startswith("3")][0]] == "supported"
+    level = holm_levels([paired_p(near), paired_p(far)])[1]
+    _, low, high = mean_interval(far, level)
+    assert comparisons("sise", 1).loc[("here (quick)", "b"), "EBPG"] == f"+  {far.mean():.1f} [{low:.1f}, {high:.1f}]"
+    assert forest("sise", 1) is not None and forest("sise", 2) is None
+
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")  # a larger profile of the same setting replaces the smaller one
+    save_comparisons("sise", 1, "here", "EBPG", {"a": far}, ABOVE)
+    assert "here (cpu)" in set(claims("sise").setting) and "here (quick)" not in set(claims("sise").setting[:2])
+    assert claims("sise").verdict.iloc[0] == "supported"
+
+
+@pytest.mark.parametrize("call, words", [
+    (("sise", 9, "here", "EBPG", {"a": [1, 2]}, ABOVE), "no claim 9"), (("excon", 1, "here", "EBPG", {"a": [1, 2]}, ABOVE), "no claim 1"),
+    (("sise", 1, "here", "EBPG", {"a": [1]}, ABOVE), "two or more"), (("sise", 1, "here", "EBPG", {"a": [1, np.nan]}, ABOVE), "a has none"),
+    (("sise", 1, "here", "EBPG", {}, ABOVE), "every rival")])
+def test_bad_comparisons(quick, call, words):
+    with pytest.raises(ValueError, match=words):
+        save_comparisons(*call)
