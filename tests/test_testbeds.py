@@ -1,0 +1,92 @@
+"""The testbeds of the papers, on tiny sets of the true format with random weights; and what a page does with a run."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_datasets import needs_coco, write_coco, write_steel, write_voc
+
+from xai_companion.explain import GradCAM, HiResCAM
+from xai_companion.models import load_model
+from xai_companion.testbeds import OF_PROFILE, TESTBEDS, Restricted, methods, run_testbeds
+from xai_companion.testbeds import testbeds as present
+from xai_companion.verdicts import ABOVE
+
+WRITERS = {"voc2007": ("VOCdevkit/VOC2007", write_voc, 20), "coco2014": ("coco", write_coco, 80), "severstal": ("severstal", write_steel, 5)}
+
+
+@pytest.fixture
+def paper_profile(tmp_path, monkeypatch):
+    for name in ("DATA", "REPORTS", "RESULTS"):
+        monkeypatch.setenv(f"XAI_COMPANION_{name}", str(tmp_path / name.lower()))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "paper")
+    return tmp_path
+
+
+def prepare(root, name):
+    "A tiny set of the true format, and a checkpoint with random weights"
+    kind, network = name.split("_")
+    folder, write, classes = WRITERS[kind]
+    if not (root / "data" / folder).exists():
+        write(root / "data" / folder)
+    (root / "data" / "checkpoints").mkdir(exist_ok=True)
+    torch.save(load_model(network, weights=None, num_classes=classes).network.state_dict(), root / "data" / "checkpoints" / f"{name}.pt")
+
+
+@pytest.mark.parametrize("name", [
+    "voc2007_resnet50", pytest.param("coco2014_resnet50", marks=[pytest.mark.slow, needs_coco]),
+    pytest.param("severstal_resnet101", marks=pytest.mark.slow), pytest.param("voc2007_vgg16", marks=pytest.mark.slow)])
+def test_the_papers_testbeds(paper_profile, monkeypatch, name):
+    prepare(paper_profile, name)
+    monkeypatch.setitem(OF_PROFILE, "paper", (name,))
+    run, = run_testbeds(lambda network, bed: {"Grad-CAM": GradCAM(network), "HiRes-CAM": HiResCAM(network)}, n=2)
+    assert run.frame.explainer.value_counts().nunique() == 1 and len(run.frame) >= 4
+    assert run.frame[list(TESTBEDS[name].metrics)].notna().all().all()
+    run.rows("sise", "quality", ["Grad-CAM"], ("drop",), published={("Grad-CAM", "drop"): {"value": 35.8, "source": "here"}})
+    stored, = json.loads((paper_profile / "reports" / "sise" / f"quality_{name}.paper.json").read_text())
+    own = run.frame[run.frame.explainer == "Grad-CAM"]["drop"]
+    assert stored["value"] == pytest.approx(100 * own.mean(), rel=1e-5) and stored["paper"]["value"] == 35.8
+    assert stored["provenance"]["data"].startswith(name.split("_")[0])
+
+
+def test_what_is_missing_is_named(paper_profile, capsys):
+    assert present() == {}
+    said = capsys.readouterr().out
+    assert said.count("not run: ") == len(OF_PROFILE["paper"]) and "xai-companion data get voc2007" in said
+    write_voc(paper_profile / "data" / "VOCdevkit" / "VOC2007")
+    present()
+    said = capsys.readouterr().out
+    assert "no checkpoint voc2007_resnet50.pt" in said and "20 outputs" in said
+
+
+def test_every_profile_names_testbeds():
+    assert {name for names in OF_PROFILE.values() for name in names} == set(TESTBEDS)
+
+
+def test_reduced_methods_say_so(monkeypatch):
+    network, bed = load_model("plain_cnn"), TESTBEDS["plain"]
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
+    assert {"RISE (200 masks)", "Extremal Perturbation (50 steps)"} < set(methods(network, bed))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
+    full = methods(network, bed)
+    assert full["RISE"].n_masks == 8000 and full["Extremal Perturbation"].steps == 800 and full["Extremal Perturbation"].lr == 0.01
+
+
+def test_comparisons_are_paired(monkeypatch, tmp_path):
+    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
+    run, = run_testbeds(lambda network, bed: {"a": GradCAM(network), "b": HiResCAM(network, "block2")}, n=4, metrics=("ebpg", "drop"))
+    wide = run.frame.pivot(index="position", columns="explainer", values="ebpg")
+    np.testing.assert_allclose(run.gaps("b", ["a"], "ebpg")["a"].to_numpy(), 100 * (wide.b - wide.a).to_numpy())
+    run.compare("sise", 1, "EBPG", run.gaps("b", ["a"], "ebpg"), ABOVE)
+    stored, = json.loads((tmp_path / "sise" / "claims.smoke.json").read_text())
+    assert stored["value"] == pytest.approx(100 * (wide.b - wide.a).mean(), rel=1e-5) and stored["n"] == 4
+
+
+def test_restricted_network_keeps_its_layers():
+    network = load_model("plain_cnn")
+    some = Restricted(network, torch.tensor([3, 0]), ["d", "a"])
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(some(images), network(images)[:, [3, 0]])
+    assert torch.allclose(GradCAM(some, "block2").attribute(images, 0), GradCAM(network, "block2").attribute(images, 3), atol=1e-6)

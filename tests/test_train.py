@@ -1,0 +1,626 @@
+"""Training: what the loop promises (the same bits after SIGKILL, whole files, clear errors), and the two packaged networks."""
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms import functional as TF
+
+from xai_companion.models import conv_blocks, load_model
+from xai_companion.networks import TRAINED
+from xai_companion.train import (
+    RECIPES,
+    Config,
+    Recipe,
+    augment,
+    fit,
+    learning_curves,
+    loop,
+    loss_and_accuracy,
+    read_checkpoint,
+    tensors,
+    to_tensors,
+)
+from xai_companion.train.files import COLUMNS, write_whole
+from xai_companion.train.recipes import CrossEntropy
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def toy(count=40, classes=3, size=16, seed=0):
+    "Noise whose brightest channel is the class"
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 180, (count, 3, size, size), generator=generator)
+    labels = torch.arange(count) % classes
+    images[torch.arange(count), labels] += 75
+    return images.byte(), labels
+
+
+def small_net(classes=3, seed=0):
+    "Convolution, batch norm, dropout, linear"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                             nn.Dropout(0.3), nn.Linear(24, classes))
+
+
+BASE = Config(model="own", size=16, epochs=4, batch=8, lr=0.05)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def without_seconds(log):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in log]
+
+
+# ------------------------------------------------------------------ schedule, order, augmentation
+
+
+def test_schedule_by_hand():
+    rates = [loop.learning_rate(t, 10, 1.0, 0.4) for t in range(10)]
+    expected = [0.25, 0.5, 0.75, 1.0, 1.0, 0.5 + math.sqrt(3) / 4, 0.75, 0.5, 0.25, 0.5 - math.sqrt(3) / 4]
+    assert rates == pytest.approx(expected, abs=1e-12)
+    assert [loop.learning_rate(t, 3, 0.3, 0.0) for t in range(3)] == pytest.approx([0.3, 0.225, 0.075])
+    assert [loop.learning_rate(t, 2, 0.3, 1.0) for t in range(2)] == pytest.approx([0.15, 0.3])
+
+
+def test_the_optimizer_gets_the_schedule(tmp_path):
+    run = fit(replace(BASE, warmup=0.5), toy(), model=small_net(), folder=tmp_path)
+    assert [row["lr"] for row in run.log] == pytest.approx([loop.learning_rate(t, 20, 0.05, 0.5) for t in (4, 9, 14, 19)])
+    assert [row["step"] for row in run.log] == [5, 10, 15, 20] and [row["epoch"] for row in run.log] == [1, 2, 3, 4]
+
+
+def test_every_epoch_shows_every_image_once_in_another_order():
+    seen = []
+
+    class Watching(CrossEntropy):
+        def views(self, model, images, labels, generator):
+            seen.extend(images[:, 0, 0, 0].tolist())
+            return super().views(model, images, labels, generator)
+    images, labels = toy(24)
+    images[:, 0, 0, 0] = torch.arange(24)
+    run = loop.prepare(replace(BASE, epochs=2, batch=6), (images, labels), None, small_net(), None, torch.device("cpu"))
+    run.recipe = Watching(run.config)
+    for _ in range(run.steps):
+        run.step()
+    assert sorted(seen[:24]) == sorted(seen[24:]) == list(range(24)) and seen[:24] != seen[24:]
+
+
+def test_length_in_images_seen():
+    run = fit(replace(BASE, seen=100), toy(), model=small_net())
+    assert run.done == 13 and [row["step"] for row in run.log] == [5, 10, 13]
+
+
+@pytest.mark.parametrize("pad, flip", [(3, True), (0, True), (5, False), (0, False)])
+def test_augmentation_is_per_sample_and_by_seed(pad, flip):
+    images = torch.randint(256, (32, 3, 12, 12), generator=torch.Generator().manual_seed(3)).byte()
+
+    def seed(n):
+        return torch.Generator().manual_seed(n)
+    got = augment(images, pad, flip, seed(7))
+    generator = seed(7)
+    corner = torch.randint(2 * pad + 1, (2, 32, 1), generator=generator)[:, :, 0].tolist()
+    coin = torch.rand(32, 1, generator=generator)[:, 0].tolist()
+    for i in range(32):
+        slow = TF.crop(TF.pad(images[i], [pad] * 4), corner[0][i], corner[1][i], 12, 12)
+        assert torch.equal(got[i], TF.hflip(slow) if flip and coin[i] < 0.5 else slow)
+    assert torch.equal(got, augment(images, pad, flip, seed(7)))
+    one = augment(images[:1].expand(32, -1, -1, -1), pad, flip, seed(7))
+    different = len({tuple(image.flatten().tolist()) for image in one})
+    assert different == 1 if not (pad or flip) else different == 2 if not pad else different > 20
+    assert not (pad or flip) or not torch.equal(got, augment(images, pad, flip, seed(8)))
+
+
+# ------------------------------------------------------------------ learning
+
+
+@pytest.mark.parametrize("model, optimizer, lr", [("plain_cnn", "sgd", 0.05), ("residual_cnn", "adamw", 0.003)])
+def test_overfits_a_tiny_set(model, optimizer, lr):
+    "Random labels on noise can only be learned by heart"
+    images = torch.randint(256, (16, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    labels = torch.arange(16) % 4
+    config = Config(model=model, size=16, epochs=60, batch=16, lr=lr, optimizer=optimizer, pad=0, flip=False, weight_decay=0.)
+    run = fit(config, (images, labels))
+    assert loss_and_accuracy(run.model, images, labels)[1] == 1 and run.log[-1]["loss"] < 0.1 < 1 < run.log[0]["loss"]
+    assert not any(module.training for module in run.model.modules())
+
+
+@pytest.mark.parametrize("options", [dict(dtype="bfloat16"), dict(optimizer="adamw", lr=0.01), dict(smoothing=0.1)])
+def test_options_train(options):
+    run = fit(replace(BASE, epochs=12, **options), toy(), toy(30, seed=1), model=small_net())
+    assert run.log[-1]["val_accuracy"] > 0.9
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_evaluation_is_the_plain_one():
+    model, (images, labels) = small_net().train(), toy(30)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    loss, accuracy = loss_and_accuracy(model, images, labels, batch=7)
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    logits = model.eval()(images.float() / 255)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == (logits.argmax(1) == labels).sum().item() / 30
+
+
+def test_nothing_outside_is_touched():
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    train, val = toy(), toy(12, seed=1)
+    kept = [t.clone() for t in (*train, *val)]
+    fit(replace(BASE, epochs=2), train, val, model=small_net())
+    assert random.getstate() == states[0] and (np.random.get_state()[1] == states[1]).all()
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert all(torch.equal(a, b) for a, b in zip((*train, *val), kept, strict=True))
+
+
+def test_the_seed_decides():
+    runs = [fit(replace(BASE, model="plain_cnn", epochs=1, seed=seed), toy()).model for seed in (0, 0, 1)]
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+    torch.rand(7)
+    assert same(runs[0], fit(replace(BASE, model="plain_cnn", epochs=1), toy()).model)
+
+
+# ------------------------------------------------------------------ stopping and resuming
+
+
+class Stopping(CrossEntropy):
+    "Draws from every generator, and stops with an error before a step"
+    at, error = None, KeyboardInterrupt
+
+    def loss(self, model, views, labels):
+        if Stopping.at is not None:
+            Stopping.at -= 1
+            if Stopping.at < 0:
+                raise Stopping.error
+        views = views + 0.1 * (random.random() + np.random.rand() + torch.rand(())) * torch.rand_like(views)
+        return super().loss(model, views, labels)
+
+
+@pytest.fixture
+def stopping(monkeypatch):
+    monkeypatch.setitem(RECIPES, "stopping", Stopping)
+    monkeypatch.setattr(Stopping, "at", None)
+    return Stopping
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stops", [[0], [1, 1], [5], [3, 4, 6], [19]])
+def test_stopped_runs_end_with_the_same_bits(tmp_path, stopping, optimizer, stops):
+    config = replace(BASE, recipe="stopping", optimizer=optimizer)
+    whole = fit(config, toy(), toy(12, seed=1), model=small_net(), folder=tmp_path / "whole")
+    for stop in stops:
+        stopping.at = stop
+        with pytest.raises(KeyboardInterrupt, match="stopped after step"):
+            fit(config, toy(), toy(12, seed=1), model=small_net(), folder=tmp_path / "parts", every=0.0)
+    stopping.at = None
+    started = any(stops)  # then the weights come from the checkpoint, whatever the network has now
+    again = fit(config, toy(), toy(12, seed=1), model=small_net(seed=5 if started else 0), folder=tmp_path / "parts")
+    assert same(whole.model, again.model) and without_seconds(whole.log) == without_seconds(again.log)
+    a, b = (pd.read_csv(tmp_path / name / "log.csv") for name in ("whole", "parts"))
+    assert b.step.tolist() == a.step.tolist() == [5, 10, 15, 20] and list(b.columns) == list(COLUMNS)
+    assert b.seconds.is_monotonic_increasing
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_train import BASE, small_net, toy
+from dataclasses import replace
+from xai_companion.train import fit
+fit(replace(BASE, model="plain_cnn", epochs=6, size=16), toy(80), toy(16, seed=1), folder=sys.argv[1], every=0.0)
+"""
+
+
+def start(folder, **options):
+    code = SCRIPT.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "The folder of a run that was left alone"
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder)
+    assert process.wait(120) == 0, process.communicate()[1]
+    return folder
+
+
+def test_killed_at_any_moment(tmp_path, undisturbed):
+    "SIGKILL at several moments, some of them inside the writing of a file; then the bits of a run that was left alone"
+    checkpoint, kills, seen = tmp_path / "killed" / "checkpoint.pt", 0, [0]
+    for delay in (0.0, 0.013, 0.031):
+        process = start(tmp_path / "killed")
+        first = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        limit = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < limit:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != first:
+                break
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        kills += process.wait(60) == -signal.SIGKILL
+        seen.append(read_checkpoint(checkpoint)["done"])
+    assert kills >= 2 and seen == sorted(seen) and seen[1] < 60
+    last = start(tmp_path / "killed")
+    assert last.wait(120) == 0, last.communicate()[1]
+    a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (undisturbed, tmp_path / "killed"))
+    assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
+    a, b = (pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (undisturbed, tmp_path / "killed"))
+    assert a.equals(b) and len(a) == 6
+    assert {f.name for f in (tmp_path / "killed").iterdir()} == {"checkpoint.pt", "log.csv", "model.pt"}
+
+
+def test_a_finished_run_stays_finished(tmp_path):
+    one = fit(BASE, toy(), model=small_net(), folder=tmp_path)
+    two = fit(BASE, toy(), model=small_net(seed=9), folder=tmp_path)
+    assert same(one.model, two.model) and two.done == 20
+    three = fit(BASE, toy(), model=small_net(seed=9), folder=tmp_path, resume=False)
+    assert not same(one.model, three.model)
+
+
+def test_no_bit_of_a_checkpoint_needs_pickle(tmp_path):
+    fit(BASE, toy(), model=small_net(), folder=tmp_path)
+    stored = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert stored["config"] == asdict(BASE) and stored["done"] == 20 and stored["meta"]["size"] == 16
+
+
+# ------------------------------------------------------------------ a full disk, damaged files, other runs
+
+
+def test_full_disk(tmp_path, undisturbed):
+    "The system refuses to write more than a kilobyte; the checkpoint of before stays, and later the run goes on"
+    process = start(tmp_path / "full")
+    checkpoint = tmp_path / "full" / "checkpoint.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.001)
+    process.kill()
+    process.wait(60)
+    before = checkpoint.read_bytes()
+
+    def limit():
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    process = start(tmp_path / "full", preexec_fn=limit)
+    message = process.communicate(timeout=120)[1]
+    assert process.returncode and "could not be written" in message and "the file of before is intact" in message
+    assert checkpoint.read_bytes() == before and read_checkpoint(checkpoint)["done"] >= 1
+    assert start(tmp_path / "full").wait(120) == 0
+    files = undisturbed / "model.pt", tmp_path / "full" / "model.pt"
+    a, b = (torch.load(file, weights_only=True)["state_dict"] for file in files)
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    write_whole(tmp_path / "a" / "b.txt", b"one")
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(RuntimeError, match="b.txt could not be written.*No space left.*intact"):
+        write_whole(tmp_path / "a" / "b.txt", b"two")
+    assert [f.read_bytes() for f in (tmp_path / "a").iterdir()] == [b"one"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"PK" + b[40:], lambda b: b"text"])
+def test_damaged_checkpoint(tmp_path, damage):
+    fit(replace(BASE, epochs=1), toy(), model=small_net(), folder=tmp_path)
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged.*--fresh"):
+        fit(replace(BASE, epochs=1), toy(), model=small_net(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("change, model, words", [
+    (dict(lr=0.1), small_net(), "of another run .lr 0.05 there, 0.1 here"),
+    (dict(fingerprint="other"), small_net(), "fingerprint '' there, 'other' here"),
+    ({}, nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), "of another network"),
+    (dict(model="plain_cnn"), None, "model 'own' there, 'plain_cnn' here"),
+])
+def test_checkpoint_of_another_run(tmp_path, change, model, words):
+    fit(BASE, toy(), model=small_net(), folder=tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=words):
+        fit(replace(BASE, **change), toy(), model=model, folder=tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def nan_image():
+    images, labels = toy()
+    images = images.float() / 255
+    images[7, 1, 2, 3] = torch.nan
+    return images, labels
+
+
+@pytest.mark.parametrize("data, options, words", [
+    (nan_image, {}, "NaN"),
+    (lambda: (toy()[0].float(), toy()[1]), {}, r"must lie in \[0, 1\]"),
+    (lambda: (toy()[0], toy()[1] + 1), {}, "label 3 of training image 2 is out of range: there are 3 classes"),
+    (lambda: (toy()[0], toy()[1] - 1), {}, "label -1 of training image 0"),
+    (lambda: (toy()[0], toy()[1] * 0), {}, "all 40 training images have the class 0"),
+    (lambda: (toy()[0], toy()[1].float()), {}, "whole numbers"),
+    (lambda: (toy()[0], toy()[1][:5]), {}, "40 training images need"),
+    (lambda: (toy()[0][:0], toy()[1][:0]), {}, "N of at least 1"),
+    (lambda: toy(size=20), {}, "20x20 pixels, the config says 16"),
+    (toy, dict(batch=1), "batch of one"),
+])
+def test_bad_data(tmp_path, data, options, words):
+    with pytest.raises(ValueError, match=words):
+        fit(replace(BASE, **options), data(), model=small_net(), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_validation_data():
+    with pytest.raises(ValueError, match="label 3 of validation image 0"):
+        fit(BASE, toy(), (toy()[0], toy()[1] + 3), model=small_net())
+
+
+def test_a_batch_of_one_without_batch_norm_is_fine():
+    run = fit(replace(BASE, epochs=1, batch=1), toy(6), model=nn.Sequential(nn.Flatten(), nn.Linear(768, 3)))
+    assert run.done == 6
+
+
+@pytest.mark.parametrize("wrong", [dict(recipe="nothing"), dict(epochs=0), dict(epochs=1.5), dict(batch=0), dict(lr=0.0), dict(lr=-1.0),
+                                   dict(lr=math.nan), dict(warmup=1.5), dict(smoothing=-0.1), dict(optimizer="adam"),
+                                   dict(dtype="half"), dict(pad=17), dict(seen=0), dict(weight_decay=-1.0)])
+def test_bad_config(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        replace(BASE, **wrong)
+
+
+def test_diverging_run_keeps_the_last_good_checkpoint(tmp_path, stopping):
+    config = replace(BASE, recipe="stopping")
+    stopping.at = 7
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 7 of 20: .*checkpoint.pt is intact"):
+        fit(config, toy(), model=small_net(), folder=tmp_path, every=0.0)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    bad = small_net()
+    run = loop.prepare(config, toy(), None, bad, None, torch.device("cpu"))
+    stopping.at = None
+    loop.restore_run(run, tmp_path)
+    run.step()
+    with torch.no_grad():
+        bad[6].bias[0] = torch.inf
+    with pytest.raises(RuntimeError, match="no longer finite after step 8.*lower lr"):
+        loop.save_run(run, tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    hot = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 144, 3))
+    with pytest.raises(RuntimeError, match="lower lr or a longer warm-up"):
+        fit(replace(BASE, lr=100.0, warmup=0.0), toy(), model=hot, folder=tmp_path / "hot")
+    assert not (tmp_path / "hot" / "checkpoint.pt").exists()
+
+
+def test_memory(monkeypatch, stopping):
+    stopping.at, stopping.error = 0, torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="not enough memory on cpu for a batch of 8 images of 16 pixels: take a smaller batch"):
+        fit(replace(BASE, recipe="stopping"), toy(), model=small_net())
+    stopping.error = KeyboardInterrupt
+    monkeypatch.setattr(tensors, "_free_memory", lambda device: 1_000_000)
+    with pytest.raises(RuntimeError, match="1000 images of 64 pixels take 0.0 GB, and 0.0 GB are free on cpu: take a smaller"):
+        tensors.check_fits(1000, 64, torch.device("cpu"))
+    assert tensors.check_fits(10, 64, torch.device("cpu")) is None
+
+
+# ------------------------------------------------------------------ the command
+
+
+def parse(*words):
+    import argparse
+
+    from xai_companion.commands.train import add_train
+    top = argparse.ArgumentParser()
+    add_train(top.add_subparsers(required=True))
+    return top.parse_args(["train", *map(str, words)])
+
+
+def run(*words):
+    args = parse(*words)
+    return args.run(args)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    "Dark and bright pictures of several sizes, one folder per class, with and without train and val"
+    from torchvision.utils import save_image
+    root = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for i in range(30):
+        kind = ("bright", "dark")[i % 2]
+        image = torch.rand(3, 20 + i, 40 - i, generator=generator) * 0.5 + (0.5 if kind == "bright" else 0)
+        for place in (root / "plain" / kind, root / "parts" / ("val" if i < 8 else "train") / kind):
+            place.mkdir(parents=True, exist_ok=True)
+            save_image(image, place / f"{i}.png")
+    return root
+
+
+SHORT = ("--size", 16, "--epochs", 6, "--batch", 8, "--lr", 0.05, "--device", "cpu")
+
+
+def test_command_on_a_folder(photos, tmp_path, capsys):
+    assert run("--data", photos / "plain", *SHORT, "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "24 training and 6 validation images, 2 classes" in said and "validation accuracy 100.0%" in said
+    [folder] = tmp_path.iterdir()
+    assert folder.name.startswith("ce-plain_cnn-imagefolder-")
+    assert {f.name for f in folder.iterdir()} == {"checkpoint.pt", "log.csv", "curves.png", "model.pt"}
+    model = load_model("plain_cnn", weights=folder / "model.pt")
+    assert model.classes == ["bright", "dark"] and model.input_size == 16
+    again = load_model("plain_cnn", weights=folder / "checkpoint.pt", num_classes=2, classes=["a", "b"])
+    assert same(model, again) and again.classes == ["a", "b"]
+    meta = torch.load(folder / "model.pt", weights_only=True)["meta"]
+    assert meta["command"] == ("xai-companion train --recipe ce --data imagefolder --model plain_cnn --size 16 --epochs 6 "
+                               "--batch 8 --lr 0.05")
+    before = (folder / "checkpoint.pt").stat().st_mtime_ns
+    assert run("--data", photos / "plain", *SHORT, "--out", tmp_path) == 0
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns == before
+    assert run("--data", photos / "plain", *SHORT, "--out", tmp_path, "--fresh") == 0
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns > before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_command_with_train_and_val(photos, tmp_path, capsys):
+    assert run("--data", photos / "parts", *SHORT, "--out", tmp_path, "--images", 12, "--model", "resnet18", "--epochs", 1) == 0
+    assert "12 training and 8 validation images" in capsys.readouterr().out
+    [file] = tmp_path.rglob("model.pt")
+    model = load_model("resnet18", weights=file)
+    assert model.conv1.kernel_size == (3, 3) and model.classes == ["bright", "dark"]
+    with pytest.raises(ValueError, match="weights of resnet18, not of plain_cnn"):
+        load_model("plain_cnn", weights=file)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model("resnet18", weights=file, num_classes=3)
+
+
+def test_command_on_the_creatures(tmp_path, capsys):
+    from xai_companion.data.synthetic import CLASSES
+    assert run("--data", "synthetic", "--images", 40, "--size", 32, "--epochs", 1, "--test", "--device", "cpu", "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "40 training and" in said and "test accuracy" in said
+    [file] = tmp_path.rglob("model.pt")
+    assert load_model("plain_cnn", weights=file).classes == CLASSES
+    stored = torch.load(file, weights_only=True)["meta"]
+    assert stored["command"].endswith("--size 32 --epochs 1 --images 40 --test") and 0 <= stored["test_accuracy"] <= 1
+    assert "synthetic" in stored["config"]["fingerprint"] and "n=40" in stored["config"]["fingerprint"]
+
+
+@pytest.mark.parametrize("words, error, says", [
+    (["--data", "nowhere"], ValueError, "nowhere"),
+    (["--lr", 0], ValueError, "lr must"),
+    (["--batch", 1], ValueError, "batch of one"),
+    (["--model", "plain_cn"], ValueError, "plain_cnn"),
+    (["--device", "cuda:99"], RuntimeError, "cuda:99"),
+    (["--size", 0], ValueError, "size must"),
+])
+def test_mistakes_on_the_command_line(photos, tmp_path, words, error, says):
+    with pytest.raises(error, match=says):
+        run("--data", photos / "plain", *SHORT, "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_class_and_other_classes(photos, tmp_path):
+    from torchvision.utils import save_image
+    for part, kind in (("one", "a"), ("two/train", "a"), ("two/train", "b"), ("two/val", "a"), ("two/val", "c")):
+        (tmp_path / part / kind).mkdir(parents=True)
+        for i in range(4):
+            save_image(torch.full((3, 16, 16), 0.1 * i), tmp_path / part / kind / f"{i}.png")
+    with pytest.raises(ValueError, match="two classes or more"):
+        run("--data", tmp_path / "one", *SHORT, "--out", tmp_path / "out")
+    with pytest.raises(ValueError, match="the classes of the parts differ"):
+        run("--data", tmp_path / "two", *SHORT, "--out", tmp_path / "out")
+
+
+def test_several_classes_per_image(monkeypatch, tmp_path):
+    from xai_companion.data.items import ImageSet
+
+    class Street(ImageSet):
+        name, multi_label, classes = "street", True, ["car", "bus"]
+    monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda *arguments, **options: Street())
+    with pytest.raises(ValueError, match="street has several classes per image"):
+        run("--data", "voc2012", *SHORT, "--out", tmp_path / "out")
+
+
+def test_too_many_images_for_the_memory(monkeypatch, photos, tmp_path):
+    monkeypatch.setattr(tensors, "_free_memory", lambda device: 1000)
+    with pytest.raises(RuntimeError, match="30 images of 16 pixels.*take a smaller size or fewer images"):
+        run("--data", photos / "plain", *SHORT, "--out", tmp_path / "out")
+
+
+def test_ctrl_c(photos, tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_train import SHORT, run
+sys.exit(run("--data", {str(photos / 'plain')!r}, *SHORT, "--epochs", 10000, "--out", {str(tmp_path)!r}))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], env=ENV, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while process.poll() is None and not list(tmp_path.rglob("log.csv")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "stopped after step" in message and "the same command continues" in message
+    [file] = tmp_path.rglob("checkpoint.pt")
+    assert read_checkpoint(file)["done"] >= 3
+
+
+# ------------------------------------------------------------------ the packaged networks
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_packaged_network(name):
+    from xai_companion.data.synthetic import CLASSES, Synthetic
+    model = load_model(name)
+    assert model.classes == CLASSES and model.input_size == 64 and not model.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), load_model(name, "pretrained", 20).state_dict().values(),
+                                                 strict=True))
+    images, labels = to_tensors(Synthetic("test", n=200), 64)
+    assert loss_and_accuracy(model, images, labels)[1] >= 0.9
+    assert [len(conv_blocks(model, size)) for size in (64, 32)] == [3, 3]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_packaged_file(name):
+    import xai_companion
+    file = Path(xai_companion.__file__).parent / "weights" / f"{name}.pt"
+    stored = torch.load(file, weights_only=True)
+    assert file.stat().st_size < 1_000_000 and set(stored) == {"state_dict", "meta"}
+    assert all(t.dtype == torch.float32 or t.dtype == torch.int64 for t in stored["state_dict"].values())
+    assert 0.9 <= stored["meta"]["test_accuracy"] < 1 and stored["meta"]["model"] == name
+    assert "/" not in stored["meta"]["command"] and " train n=10000 size=64 seed=0" in stored["meta"]["config"]["fingerprint"]
+
+
+def test_the_weights_are_package_data():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert "weights/*.pt" in project["tool"]["setuptools"]["package-data"]["xai_companion"]
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(weights="imagenet"), "no weights called 'imagenet': use 'pretrained'"),
+    (dict(num_classes=10), "20 classes, not 10"),
+    (dict(weights="IMAGENET1K_V1"), "no weights called"),
+])
+def test_wishes_that_the_packaged_networks_cannot_fulfil(options, words):
+    with pytest.raises(ValueError, match=words):
+        load_model("plain_cnn", **options)
+
+
+def test_random_weights_of_small_networks():
+    for name in TRAINED:
+        model = load_model(name, weights=None, num_classes=7)
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7) and model.classes is None
+        assert load_model(name, weights=None).fc.out_features == 20
+        assert sum(t.numel() * 4 for t in model.parameters()) < 1_000_000
+
+
+def test_curves_from_a_log_and_from_its_file(tmp_path):
+    log = fit(BASE, toy(), model=small_net(), folder=tmp_path).log
+    for source in (log, pd.read_csv(tmp_path / "log.csv")):
+        axes = learning_curves(source).axes
+        assert [ax.get_ylabel() for ax in axes] == ["loss", "accuracy (%)"] and [len(ax.lines) for ax in axes] == [1, 1]
+    with pytest.raises(ValueError, match="no epoch has ended"):
+        learning_curves([])
+
+
+def test_a_recipe_of_ones_own(monkeypatch):
+    monkeypatch.setattr("xai_companion.train.recipes.RECIPES", dict(RECIPES))
+
+    class Clean(Recipe, name="clean"):
+        "No augmentation, two views, no accuracy"
+        def views(self, model, images, labels, generator):
+            assert model.training and images.dtype == torch.uint8
+            return torch.cat([images, images]).float() / 255, labels.repeat(2)
+
+        def loss(self, model, views, labels):
+            return F.cross_entropy(model(views), labels), None
+    run = fit(replace(BASE, recipe="clean"), toy(), toy(), model=small_net())
+    assert run.log[-1]["accuracy"] == 0 and run.log[-1]["val_accuracy"] > 0.5
