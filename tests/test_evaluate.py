@@ -173,7 +173,7 @@ def test_thirds_by_area():
 def test_summary_has_the_interval_of_scipy():
     from scipy import stats
     values = np.random.default_rng(0).random(30)
-    frame = pd.DataFrame({"explainer": "a", "ebpg": values, "seconds": 0.25})
+    frame = pd.DataFrame({"explainer": "a", "position": range(30), "ebpg": values, "seconds": 0.25})
     half = stats.t.ppf(0.975, 29) * stats.sem(100 * values)
     assert summary(frame).loc["a", "EBPG (%)"] == f"{100 * values.mean():.1f} ± {half:.1f}"
 
@@ -190,6 +190,16 @@ def test_bad_input(network, change, words):
 def test_labels_that_the_model_does_not_have(network):
     with pytest.raises(ValueError, match="out of range: the model has the classes 0 to 5"):
         evaluate({"cam": GradCAM(network)}, Synthetic("test", n=12, size=32), ("ebpg",))
+
+
+def test_images_of_different_sizes_need_a_size(network):
+    class Album(Street):
+        def __getitem__(self, index):
+            return Item(str(index), torch.rand(3, 20 + index, 24), (0,))
+
+    with pytest.raises(ValueError, match="different sizes.*give size"):
+        evaluate({"cam": GradCAM(network)}, Album(), ("drop",))
+    assert len(evaluate({"cam": GradCAM(network)}, Album(), ("drop",), size=16)) == 6
 
 
 def test_two_models_are_not_compared(network):

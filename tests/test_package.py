@@ -48,8 +48,8 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     folder = ROOT / "xai_companion"
-    wanted = {f.relative_to(ROOT).as_posix() for f in folder.rglob("*.py")} | {"xai_companion/py.typed"}
-    assert len(wanted) > 5
+    wanted = {f.relative_to(ROOT).as_posix() for kind in ("*.py", "*.pt") for f in folder.rglob(kind)} | {"xai_companion/py.typed"}
+    assert len(wanted) > 5 and "xai_companion/weights/plain_cnn.pt" in wanted
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if ".dist-info/" not in n}
         meta = next(n for n in archive.namelist() if n.endswith("METADATA"))

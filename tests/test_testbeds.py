@@ -1,14 +1,17 @@
 """The testbeds of the papers, on tiny sets of the true format with random weights; and what a page does with a run."""
 import json
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_datasets import needs_coco, write_coco, write_steel, write_voc
 
+from xai_companion.evaluate import differences
 from xai_companion.explain import GradCAM, HiResCAM
 from xai_companion.models import load_model
-from xai_companion.testbeds import OF_PROFILE, TESTBEDS, Restricted, methods, run_testbeds
+from xai_companion.testbeds import OF_PROFILE, TESTBEDS, Restricted, Run, methods, run_testbeds
 from xai_companion.testbeds import testbeds as present
 from xai_companion.verdicts import ABOVE
 
@@ -42,10 +45,10 @@ def test_the_papers_testbeds(paper_profile, monkeypatch, name):
     run, = run_testbeds(lambda network, bed: {"Grad-CAM": GradCAM(network), "HiRes-CAM": HiResCAM(network)}, n=2)
     assert run.frame.explainer.value_counts().nunique() == 1 and len(run.frame) >= 4
     assert run.frame[list(TESTBEDS[name].metrics)].notna().all().all()
-    run.rows("sise", "quality", ["Grad-CAM"], ("drop",), published={("Grad-CAM", "drop"): {"value": 35.8, "source": "here"}})
+    run.store("sise", "quality", ["Grad-CAM"], ("drop",), published={("Grad-CAM", "drop"): {"value": 35.8, "source": "here"}})
     stored, = json.loads((paper_profile / "reports" / "sise" / f"quality_{name}.paper.json").read_text())
-    own = run.frame[run.frame.explainer == "Grad-CAM"]["drop"]
-    assert stored["value"] == pytest.approx(100 * own.mean(), rel=1e-5) and stored["paper"]["value"] == 35.8
+    own = run.frame[run.frame.explainer == "Grad-CAM"].groupby("position")["drop"].mean()
+    assert stored["n"] == 2 and stored["value"] == pytest.approx(100 * own.mean(), rel=1e-5) and stored["paper"]["value"] == 35.8
     assert stored["provenance"]["data"].startswith(name.split("_")[0])
 
 
@@ -66,7 +69,7 @@ def test_every_profile_names_testbeds():
 def test_reduced_methods_say_so(monkeypatch):
     network, bed = load_model("plain_cnn"), TESTBEDS["plain"]
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
-    assert {"RISE (200 masks)", "Extremal Perturbation (50 steps)"} < set(methods(network, bed))
+    assert {"RISE (200 masks)", "Extremal Perturbation (50 steps, 2 areas)"} < set(methods(network, bed))
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
     full = methods(network, bed)
     assert full["RISE"].n_masks == 8000 and full["Extremal Perturbation"].steps == 800 and full["Extremal Perturbation"].lr == 0.01
@@ -77,10 +80,16 @@ def test_comparisons_are_paired(monkeypatch, tmp_path):
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
     run, = run_testbeds(lambda network, bed: {"a": GradCAM(network), "b": HiResCAM(network, "block2")}, n=4, metrics=("ebpg", "drop"))
     wide = run.frame.pivot(index="position", columns="explainer", values="ebpg")
-    np.testing.assert_allclose(run.gaps("b", ["a"], "ebpg")["a"].to_numpy(), 100 * (wide.b - wide.a).to_numpy())
-    run.compare("sise", 1, "EBPG", run.gaps("b", ["a"], "ebpg"), ABOVE)
+    np.testing.assert_allclose(differences(run.frame, "b", ["a"], "ebpg")["a"].to_numpy(), 100 * (wide.b - wide.a).to_numpy())
+    run.claim("sise", 1, "EBPG", differences(run.frame, "b", ["a"], "ebpg"), ABOVE)
     stored, = json.loads((tmp_path / "sise" / "claims.smoke.json").read_text())
     assert stored["value"] == pytest.approx(100 * (wide.b - wide.a).mean(), rel=1e-5) and stored["n"] == 4
+
+
+def test_time_counts_batches_without_the_warm_up():
+    frame = pd.DataFrame({"position": range(12), "label": 0, "explainer": "a", "seconds": [9.0] * 4 + [1.0] * 4 + [2.0] * 4})
+    run = Run("x", replace(TESTBEDS["plain"], batch=4), frame, ("drop",), "some", "cpu")
+    assert run.times()["a"].tolist() == [1, 2]
 
 
 def test_restricted_network_keeps_its_layers():

@@ -53,6 +53,18 @@ def test_family_wise_error_stays_below_alpha():
     assert alarms / 1000 < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 1000)
 
 
+def test_error_rate_at_a_margin(quick, monkeypatch):
+    "Rivals that are exactly at the margin are called supported in at most a fortieth of the families"
+    from xai_companion import verdicts
+    rng, alarms, kept = np.random.default_rng(4), 0, []
+    monkeypatch.setattr(verdicts, "save", lambda paper, table, records, same: kept.extend(records))
+    for _ in range(400):
+        kept.clear()
+        save_comparisons("ada_sise", 2, "here", "EBPG", {name: rng.normal(-2, 5, 60) for name in "abcde"}, (-2, None))
+        alarms += any(verdict(r["interval"], r["config"]["claimed"]) == "supported" for r in kept)
+    assert alarms / 400 < 0.025 + 3 * np.sqrt(0.025 * 0.975 / 400)
+
+
 @pytest.mark.parametrize("interval, claimed, expected", [
     ((0.1, 2), ABOVE, "supported"), ((0.1, 2), BELOW, "contradicted"), ((-1, 1), ABOVE, "inconclusive"), ((-1, 1), within(1.5), "supported"),
     ((2, 3), within(1.5), "contradicted"), ((1, 3), within(1.5), "inconclusive"), ((0, 0), ABOVE, "inconclusive"), ((5, 9), (0, 30), "supported"),
@@ -80,6 +92,9 @@ def test_table_of_claims(quick, monkeypatch):
     _, low, high = mean_interval(far, level)
     assert comparisons("sise", 1).loc[("here (quick)", "b"), "EBPG"] == f"+  {far.mean():.1f} [{low:.1f}, {high:.1f}]"
     assert forest("sise", 1) is not None and forest("sise", 2) is None
+
+    save_comparisons("sise", 1, "here", "EBPG", {"c": far}, ABOVE)  # another family of rivals takes the place of the first
+    assert list(comparisons("sise", 1).index) == [("here (quick)", "c")]
 
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")  # a larger profile of the same setting replaces the smaller one
     save_comparisons("sise", 1, "here", "EBPG", {"a": far}, ABOVE)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'describe', 'model_fingerprint', 'seeded_order', 'Units', 'load_units', 'Ledger', 'measure', 'explain_units',
-           'predictions', 'evaluate', 'summary', 'by_size']
+           'predictions', 'evaluate', 'summary', 'differences', 'by_size']
 
 # %% ../nbs/50_evaluate.ipynb #201d1bda
 import hashlib
@@ -35,26 +35,31 @@ from .scores import check_score, class_scores
 
 # %% ../nbs/50_evaluate.ipynb #b7f87ecf
 def _plain(value):
-    "An option as JSON: layers by name, tensors by shape and sum"
+    "An option as JSON: tensors by a fingerprint"
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, Tensor):
-        return f"tensor {tuple(value.shape)}, sum {value.double().sum().item():.6g}"
+        return f"tensor {tuple(value.shape)} {_digest([value])}"
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+def _digest(tensors):
+    "Eight hexadecimal digits that depend on every number"
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 def describe(explainer: Explainer) -> dict:
     "The name and the options of an explainer, as JSON values"
     options = {k: v for k, v in vars(explainer).items() if k not in ("model", "layers", "chunk") and not k.startswith("_")}
     if explainer.layers is not None:
         options["layers"] = list(find_layers(explainer.model, explainer.layers))
-    return {"method": explainer.name or type(explainer).__name__} | {k: _plain(v) for k, v in options.items()}
+    named = {"method": explainer.name or type(explainer).__name__, "version": getattr(explainer, "version", 1)}
+    return named | {k: _plain(v) for k, v in options.items()}
 
 def model_fingerprint(model: nn.Module) -> str:
-    "Eight hexadecimal digits that depend on every weight"
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:8]
+    "Eight hexadecimal digits that depend on every weight, and on mean and standard deviation"
+    return _digest([tensor for _, tensor in (*model.named_parameters(), *model.named_buffers())])
 
 # %% ../nbs/50_evaluate.ipynb #d20dbcae
 def seeded_order(count: int,  # images in the set
@@ -97,6 +102,10 @@ def load_units(data: ImageSet,
             facts.append({"position": position, "name": item.name, "label": label, "area": area})
     if not images:
         return Units(torch.empty(0), torch.empty(0, dtype=torch.long), [], [])
+    sizes = sorted({tuple(image.shape[1:]) for image in images})
+    if len(sizes) > 1:
+        raise ValueError(f"the images have different sizes, such as {sizes[0]} and {sizes[-1]} pixels: give size=..., the side that "
+                         "the model takes")
     return Units(torch.stack(images).to(device), torch.tensor(target, device=device), masks, facts)
 
 # %% ../nbs/50_evaluate.ipynb #76fa47fb
@@ -221,7 +230,7 @@ def _name(positions):
 def _config(explainer, model_key, data, metrics, settings):
     "Everything that determines the rows of one explainer"
     return {"explainer": describe(explainer), "model": model_key, "data": data.fingerprint, "metrics": sorted(metrics),
-            "package": __version__, **{k: _plain(v) for k, v in settings.items()}}
+            "package": __version__, **{k: _plain(v) for k, v in settings.items() if k != "chunk"}}
 
 def _frame(label, ledger, batches):
     "The rows of one explainer, in the order of the images"
@@ -245,11 +254,13 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
     "Explain the images with every explainer, and score the maps"
     model = _only_model(explainers, metrics)
     check_counts(batch=batch)
+    if budget is not None and budget <= 0:
+        raise ValueError(f"budget must be above 0 seconds, got {budget}")
     check_score(score)
     folder = None if folder is None else Path(folder)
     rank, world = _processes(folder)
     order = seeded_order(len(data), n, seed)
-    settings = {"seed": seed, "size": size, "batch": batch, "score": score, **options}
+    settings = {"seed": seed, "size": size, "batch": batch, "device": torch.device(device).type, "score": score, **options}
     model_key = model_fingerprint(model)
     ledgers = {label: Ledger(folder, _config(e, model_key, data, metrics, settings), rank) for label, e in explainers.items()}
     batches = [range(start, min(start + batch, len(order))) for start in range(0, len(order), batch)]
@@ -297,13 +308,24 @@ def summary(frame: pd.DataFrame  # from `evaluate`
     "A line per explainer, a column per metric: mean ± half of the 95 % interval"
     lines = {}
     for label, own in frame.groupby("explainer", sort=False):
+        own, count = own.groupby("position").mean(numeric_only=True), own.position.nunique()
         cells = {}
         for name, metric in METRICS.items():
             if name in own:
                 head = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
                 cells[head] = _with_interval(metric.scale * own[name].dropna(), 1 if metric.unit else 3)
-        lines[label] = cells | {"seconds": f"{own.seconds.mean():.2g}", "n": str(len(own))}
+        lines[label] = cells | {"seconds": f"{own.seconds.mean():.2g}", "n": str(count)}
     return Table(list(lines.values()), index=list(lines))
+
+# %% ../nbs/50_evaluate.ipynb #c6f65664
+def differences(frame: pd.DataFrame,  # from `evaluate`
+                ours: str,            # an explainer
+                rivals,               # other explainers
+                metric: str,          # a name in `METRICS`
+                ) -> dict:            # by rival: (N,) ours minus theirs, on the images that both have
+    "Differences per image, as tables show the metric: in percentage points where it is a percentage"
+    wide = frame.pivot_table(index="position", columns="explainer", values=metric, sort=False) * METRICS[metric].scale
+    return {rival: (wide[ours] - wide[rival]).dropna() for rival in rivals}
 
 # %% ../nbs/50_evaluate.ipynb #ebb84ae6
 SIZES = ("small", "medium", "large")

@@ -59,9 +59,14 @@ def _write(file, records):
         raise
 
 # %% ../nbs/02_results.ipynb #c350aacd
+def _part(r, names):
+    "Some entries of a record's config"
+    return [r["config"].get(name) for name in names]
+
 def save(paper: str,     # sise, ada_sise, integrated_gradcam, edda, excon or bench
          table: str,     # name of the table: a-z, 0-9 and _
-         records: list   # of records made by `record`
+         records: list,  # of records made by `record`
+         same: tuple = ()  # entries of the config: stored records that are equal to a new one in all of them are replaced
          ) -> list[Path]:  # the files written
     "Merge `records` into the table of the current profile in reports/, and when recording in results/ too"
     now = settings()
@@ -69,7 +74,8 @@ def save(paper: str,     # sise, ada_sise, integrated_gradcam, edda, excon or be
     files = [_file(root, paper, table, now.profile) for root in [now.reports] + [now.results] * recording]
     validate(records)
     for file in files:
-        merged = {r["key"]: r for r in _read(file)} | {r["key"]: r for r in records}
+        kept = [r for r in _read(file) if not same or all(_part(r, same) != _part(new, same) for new in records)]
+        merged = {r["key"]: r for r in kept} | {r["key"]: r for r in records}
         _write(file, list(merged.values()))
     return files
 
@@ -149,7 +155,7 @@ def agrees(fresh: list | dict,  # a recomputed row: one record, or one per seed
     values = np.array([r["value"] for r in stored])
     if not fresh or not stored or len({_version(r) for r in [*fresh, *stored]}) > 1:
         return None
-    if fresh[0]["unit"] in TIMES:
+    if fresh[0]["unit"] in TIMES or {r["n"] for r in fresh} != {r["n"] for r in stored}:
         return None
     if len(stored) == 1 and any(r["seed"] != stored[0]["seed"] for r in fresh):
         return None
@@ -197,6 +203,7 @@ def _labels(configs):
 
 class Table(pd.DataFrame):
     "A DataFrame that shows its cells in full"
+    _constructor = property(lambda self: Table)
     _full = ("display.max_colwidth", None, "display.max_rows", None, "display.max_columns", None, "display.width", 200)
 
     def __repr__(self):

@@ -8,6 +8,7 @@ __all__ = ['parse_option', 'with_options', 'parse_methods', 'add_model', 'model_
 # %% ../../nbs/67_commands.options.ipynb #301f7b80
 import argparse
 import ast
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..explain import get_explainer
+from ..explain import MaskedExplainer, get_explainer
 from ..hooks import unwrapped
 from ..models import _fill, _read_weights, load_model
 
@@ -41,14 +42,17 @@ def with_options(cls: type, model: nn.Module, options: dict):
                          "Options go to every method that is named: name one at a time.") from None
 
 # %% ../../nbs/67_commands.options.ipynb #dfd300ab
-def parse_methods(text: str,         # NAME,NAME:OPTION=VALUE,...
+def parse_methods(text: str,         # NAME,NAME:OPTION=VALUE,...; commas in brackets belong to a value
                   model: nn.Module,  # that they explain
+                  score: str = "softmax",  # of the methods that score masked images, unless they name their own
                   ) -> dict:         # explainer by the text that named it
     "The explainers that a list of methods names"
     found = {}
-    for part in text.split(","):
-        name, *options = part.split(":")
-        found[part] = with_options(get_explainer(name), model, dict(map(parse_option, options)))
+    for part in re.split(r",(?![^(]*\))", text):
+        name, *options = part.strip().split(":")
+        cls = get_explainer(name)
+        own = {"score": score} if issubclass(cls, MaskedExplainer) else {}
+        found[part.strip()] = with_options(cls, model, own | dict(map(parse_option, options)))
     return found
 
 # %% ../../nbs/67_commands.options.ipynb #e7ce1dd4
