@@ -81,9 +81,10 @@ class Indexed(ImageSet):
 
     @cached_property
     def fingerprint(self) -> str:
-        "Name, split, number of images, checksum of names, sizes and labels"
+        "Name, split, number of images, checksum of names, sizes and labels, and the size they are given"
         digest = sha256("\n".join(map(str, (self.classes, *self.lines()))).encode()).hexdigest()
-        return f"{self.name} {self.split} {len(self)} {digest[:12]}"
+        shape = "" if self.size is None else f" {'cropped' if self.crop else 'squashed'} to {self.size}"
+        return f"{self.name} {self.split} {len(self)} {digest[:12]}{shape}"
 
 # %% ../../nbs/20_data.readers.ipynb #b22faffb
 class Reader(Indexed):
