@@ -169,7 +169,7 @@ def comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
     for r, profile in _comparisons(paper):
         config = r["config"]
         if config["claim"] == claim:
-            decimals = max(0, 1 - math.floor(math.log10(max(r["interval"][1] - r["interval"][0], 1e-6))))
+            decimals = min(max(1 - math.floor(math.log10(max(r["interval"][1] - r["interval"][0], 1e-6))), 0), 3)
             low, high = (f"{end:.{decimals}f}" for end in r["interval"])
             cell = f"{MARKS[_judged(r)]}  {r['value']:.{decimals}f} [{low}, {high}]"
             lines.setdefault((f"{config['setting']} ({profile})", config["rival"]), {})[config["metric"]] = cell
