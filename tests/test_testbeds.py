@@ -1,6 +1,5 @@
 """The testbeds of the papers, on tiny sets of the true format with random weights; and what a page does with a run."""
 import json
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -88,7 +87,7 @@ def test_comparisons_are_paired(monkeypatch, tmp_path):
 
 def test_time_counts_batches_without_the_warm_up():
     frame = pd.DataFrame({"position": range(12), "label": 0, "explainer": "a", "seconds": [9.0] * 4 + [1.0] * 4 + [2.0] * 4})
-    run = Run("x", replace(TESTBEDS["plain"], batch=4), frame, ("drop",), "some", "cpu")
+    run = Run("x", TESTBEDS["plain"], frame, ("drop",), 4, "some", "cpu")
     assert run.times()["a"].tolist() == [1, 2]
 
 

@@ -156,6 +156,7 @@ class Run:
     bed: Testbed
     frame: pd.DataFrame  # from `evaluate`
     metrics: tuple       # names in `METRICS`
+    batch: int           # images at a time
     data: str            # fingerprint of the data
     device: str
 
@@ -167,7 +168,7 @@ class Run:
 
     def times(self) -> pd.DataFrame:  # a row per batch, a column per explainer
         "Seconds per image: one number per batch, without the first, in which everything warms up"
-        batches = self.frame.assign(batch=self.frame.position // self.bed.batch)
+        batches = self.frame.assign(batch=self.frame.position // self.batch)
         wide = batches.pivot_table(index="batch", columns="explainer", values="seconds", sort=False)
         return wide.iloc[1:] if len(wide) > 2 else wide
 
@@ -223,10 +224,11 @@ def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explai
     folder = by_profile(smoke=None, quick=None, cpu=settings().reports / "evaluate")
     runs = []
     for name, (bed, network, data) in testbeds(device).items():
-        frame = evaluate(explainers(network, bed), data, metrics or bed.metrics, n=min(n, len(data)), size=bed.size, batch=bed.batch,
+        batch = min(bed.batch, max(1, n // 4))
+        frame = evaluate(explainers(network, bed), data, metrics or bed.metrics, n=min(n, len(data)), size=bed.size, batch=batch,
                          budget=budget, folder=folder, device=str(device), score=bed.score, dtype=bed.dtype)
         counts, units = frame.groupby("explainer", sort=False).position.nunique(), frame.drop_duplicates(["position", "label"])
         print(f"{bed.title}: {counts.max()} images" + (f", {counts.min()} for the slowest" if counts.min() < counts.max() else "")
               + f"; the class that is explained is the predicted one in {(units.predicted == units.label).mean():.0%}")
-        runs.append(Run(name, bed, frame, tuple(metrics or bed.metrics), data.fingerprint, str(device)))
+        runs.append(Run(name, bed, frame, tuple(metrics or bed.metrics), batch, data.fingerprint, str(device)))
     return runs
