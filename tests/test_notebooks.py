@@ -21,7 +21,8 @@ ENV = {
 
 
 # Half a minute each, on photographs of full size: their functions are tested elsewhere.
-LONG = ("index", "12_explain.integrated_gradcam", "14_explain.scorecam", "66_bench", "tutorials/explain_a_photo")
+LONG = ("index", "12_explain.integrated_gradcam", "14_explain.scorecam", "18_explain.fullgrad", "19_explain.adapters", "66_bench",
+        "tutorials/explain_a_photo")
 
 
 def case(path):

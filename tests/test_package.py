@@ -56,7 +56,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         metadata = archive.read(meta).decode()
     assert wanted <= names, f"missing: {wanted - names}"
     assert {n.split("/")[0] for n in names} == {"xai_companion"}
-    assert not [n for n in names if n.endswith((".ipynb", ".pyc")) or "test" in Path(n).name]
+    assert not [n for n in names if n.endswith((".ipynb", ".pyc")) or Path(n).name.startswith("test_") or "tests" in Path(n).parts]
     assert "License-Expression: Apache-2.0" in metadata and f"Version: {xai_companion.__version__}" in metadata
 
 

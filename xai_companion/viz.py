@@ -182,7 +182,7 @@ class PhotoFigure(PageFigure):
     limit = 32_000
 
     def _encode(self, sharp: Image.Image, page: tuple) -> tuple[str, bytes]:
-        for scale, quality in ((1.5, 80), (1.5, 70), (1.25, 75), (1, 85), (1, 75), (1, 65), (1, 50), (0.8, 55)):
+        for scale, quality in ((1.5, 80), (1.5, 70), (1.25, 75), (1, 85), (1, 75), (1, 65), (1, 50), (1, 38), (1, 28)):
             file = io.BytesIO()
             size = tuple(round(side * scale) for side in page)
             sharp.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=quality, optimize=True)
