@@ -40,7 +40,6 @@ def test_contract_with_options(name, options):
     assert check_explainer(EXPLAINERS[name], **options) == list(PROMISES)
 
 
-@pytest.mark.slow
 def test_sise_in_bfloat16():
     """Scores under autocast, compared on V_b scaled to [0, 1]: at most 0.1 apart. The choice of masks is the same, for it is
     made in float32. The fused map has a hard gate and is compared by correlation."""

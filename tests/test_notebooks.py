@@ -20,18 +20,7 @@ ENV = {
 }
 
 
-# Half a minute each, on photographs of full size: their functions are tested elsewhere.
-LONG = ("index", "12_explain.integrated_gradcam", "14_explain.scorecam", "18_explain.fullgrad", "19_explain.adapters", "66_bench",
-        "tutorials/explain_a_photo")
-
-
-def case(path):
-    "A notebook as a test case"
-    name = path.with_suffix("").as_posix()
-    return pytest.param(path, id=name, marks=pytest.mark.slow if name in LONG else ())
-
-
-@pytest.mark.parametrize("path", map(case, NOTEBOOKS))
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.with_suffix("").as_posix())
 def test_notebook(path, tmp_path):
     env = {**os.environ, **ENV, "XAI_COMPANION_REPORTS": str(tmp_path)}
     command = [str(NBDEV_TEST), str(NBS / path), "--n-workers", "0"]
