@@ -18,10 +18,10 @@ reproduce: .venv/.installed  ## run the notebooks of the papers, report into rep
 	@$(BIN)/xai-companion reproduce
 
 test: .venv/.installed  ## run the tests that take seconds
-	@$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	@$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-all: .venv/.installed  ## run all tests
-	@$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m ""
+	@$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m ""
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter-lab --notebook-dir=nbs
