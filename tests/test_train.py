@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms import functional as TF
 
 from xai_companion.models import conv_blocks, load_model
 from xai_companion.networks import TRAINED
@@ -24,7 +23,7 @@ from xai_companion.train import (
     RECIPES,
     Config,
     Recipe,
-    augment,
+    checkpoint,
     fit,
     learning_curves,
     loop,
@@ -34,7 +33,7 @@ from xai_companion.train import (
     to_tensors,
 )
 from xai_companion.train.files import COLUMNS, write_whole
-from xai_companion.train.recipes import CrossEntropy
+from xai_companion.train.recipes import CrossEntropy, Views
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -67,7 +66,7 @@ def without_seconds(log):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in log]
 
 
-# ------------------------------------------------------------------ schedule, order, augmentation
+# ------------------------------------------------------------------ schedule, order
 
 
 def test_schedule_by_hand():
@@ -88,9 +87,10 @@ def test_every_epoch_shows_every_image_once_in_another_order():
     seen = []
 
     class Watching(CrossEntropy):
-        def views(self, model, images, labels, generator):
-            seen.extend(images[:, 0, 0, 0].tolist())
-            return super().views(model, images, labels, generator)
+        def views(self, model, batch, moment, generator):
+            seen.extend(batch.images[:, 0, 0, 0].tolist())
+            assert torch.equal(images[batch.index], batch.images) and torch.equal(labels[batch.index], batch.labels)
+            return super().views(model, batch, moment, generator)
     images, labels = toy(24)
     images[:, 0, 0, 0] = torch.arange(24)
     run = loop.prepare(replace(BASE, epochs=2, batch=6), (images, labels), None, small_net(), None, torch.device("cpu"))
@@ -103,26 +103,6 @@ def test_every_epoch_shows_every_image_once_in_another_order():
 def test_length_in_images_seen():
     run = fit(replace(BASE, seen=100), toy(), model=small_net())
     assert run.done == 13 and [row["step"] for row in run.log] == [5, 10, 13]
-
-
-@pytest.mark.parametrize("pad, flip", [(3, True), (0, True), (5, False), (0, False)])
-def test_augmentation_is_per_sample_and_by_seed(pad, flip):
-    images = torch.randint(256, (32, 3, 12, 12), generator=torch.Generator().manual_seed(3)).byte()
-
-    def seed(n):
-        return torch.Generator().manual_seed(n)
-    got = augment(images, pad, flip, seed(7))
-    generator = seed(7)
-    corner = torch.randint(2 * pad + 1, (2, 32, 1), generator=generator)[:, :, 0].tolist()
-    coin = torch.rand(32, 1, generator=generator)[:, 0].tolist()
-    for i in range(32):
-        slow = TF.crop(TF.pad(images[i], [pad] * 4), corner[0][i], corner[1][i], 12, 12)
-        assert torch.equal(got[i], TF.hflip(slow) if flip and coin[i] < 0.5 else slow)
-    assert torch.equal(got, augment(images, pad, flip, seed(7)))
-    one = augment(images[:1].expand(32, -1, -1, -1), pad, flip, seed(7))
-    different = len({tuple(image.flatten().tolist()) for image in one})
-    assert different == 1 if not (pad or flip) else different == 2 if not pad else different > 20
-    assert not (pad or flip) or not torch.equal(got, augment(images, pad, flip, seed(8)))
 
 
 # ------------------------------------------------------------------ learning
@@ -180,13 +160,13 @@ class Stopping(CrossEntropy):
     "Draws from every generator, and stops with an error before a step"
     at, error = None, KeyboardInterrupt
 
-    def loss(self, model, views, labels):
+    def loss(self, model, views, moment):
         if Stopping.at is not None:
             Stopping.at -= 1
             if Stopping.at < 0:
                 raise Stopping.error
-        views = views + 0.1 * (random.random() + np.random.rand() + torch.rand(())) * torch.rand_like(views)
-        return super().loss(model, views, labels)
+        views.images += 0.1 * (random.random() + np.random.rand() + torch.rand(())) * torch.rand_like(views.images)
+        return super().loss(model, views, moment)
 
 
 @pytest.fixture
@@ -390,12 +370,12 @@ def test_diverging_run_keeps_the_last_good_checkpoint(tmp_path, stopping):
     bad = small_net()
     run = loop.prepare(config, toy(), None, bad, None, torch.device("cpu"))
     stopping.at = None
-    loop.restore_run(run, tmp_path)
+    checkpoint.restore_run(run, tmp_path)
     run.step()
     with torch.no_grad():
         bad[6].bias[0] = torch.inf
     with pytest.raises(RuntimeError, match="no longer finite after step 8.*lower lr"):
-        loop.save_run(run, tmp_path)
+        checkpoint.save_run(run, tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     hot = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 144, 3))
     with pytest.raises(RuntimeError, match="lower lr or a longer warm-up"):
@@ -616,11 +596,11 @@ def test_a_recipe_of_ones_own(monkeypatch):
 
     class Clean(Recipe, name="clean"):
         "No augmentation, two views, no accuracy"
-        def views(self, model, images, labels, generator):
-            assert model.training and images.dtype == torch.uint8
-            return torch.cat([images, images]).float() / 255, labels.repeat(2)
+        def views(self, model, batch, moment, generator):
+            assert model.training and batch.images.dtype == torch.uint8
+            return Views(torch.cat([batch.images, batch.images]).float() / 255, batch.labels)
 
-        def loss(self, model, views, labels):
-            return F.cross_entropy(model(views), labels), None
+        def loss(self, model, views, moment):
+            return F.cross_entropy(model(views.images), views.labels.repeat(2)), None
     run = fit(replace(BASE, recipe="clean"), toy(), toy(), model=small_net())
     assert run.log[-1]["accuracy"] == 0 and run.log[-1]["val_accuracy"] > 0.5

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CAT', 'PHOTOS', 'NETWORKS', 'T4', 'LAYERS', 'rounds', 'network', 'row', 'ours', 'peers', 'bench_cams', 'bare_passes',
            'first', 'maskers', 'bench_masks', 'score_cam_peers', 'bench_scorecam', 'bench_small', 'bench_selection',
-           'bench_extremal', 'bench']
+           'bench_extremal', 'training_step', 'bench_loader', 'bench']
 
 # %% ../nbs/66_bench.ipynb #d5e9e03c
 import os
@@ -18,6 +18,8 @@ from torch import nn
 
 # %% ../nbs/66_bench.ipynb #9fdcb478
 from .core import by_profile, pick_device, progress, settings
+from .data.augment import augmented
+from .data.loader import Resident
 from .data.photos import photos
 from .explain import (RISE, SISE, AdaSISE, ExtremalPerturbation, FullGrad, GradCAM, IntegratedGradCAM, LayerCAM,
                                    ScoreCAM)
@@ -283,6 +285,41 @@ def bench_extremal(repeats: int = 3, device: str = "cpu", steps: int = 10, size:
     return [row(f"Extremal Perturbation, {steps} steps, four areas: {NETWORKS[0]}", seconds["ours"], seconds["bare"],
                 "forward and backward passes", device=device, model=NETWORKS[0], steps=steps, size=size)]
 
+# %% ../nbs/66_bench.ipynb #54bd0673
+def training_step(views: torch.Tensor  # (N, 3, H, W) in [0, 1]
+                  ):
+    "A function that trains ResNet-18 for small images on these views for one step"
+    device = views.device
+    model = load_model("resnet18", weights=None, small=True, num_classes=200, device=device)
+    model = model.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    labels = torch.arange(len(views), device=device) % 200
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = nn.functional.cross_entropy(model(views), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return step
+
+def bench_loader(repeats: int = 5, device: str = "cpu", batch: int = 128, size: int = 64) -> list[dict]:
+    "Indexing and augmenting a batch, as a share of a training step on its views"
+    images = torch.randint(256, (4 * batch, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
+    resident, generator = Resident(images.to(device), torch.arange(4 * batch)), torch.Generator().manual_seed(0)
+    order = torch.randperm(4 * batch, generator=generator).split(batch)[:1]
+
+    def pipeline(name, views):
+        return [view for part, _, _ in resident.batches(order) for view in augmented(part, name, generator, views)]
+    records = []
+    for name, views in (("crop", 1), ("resized_crop", 1), ("simclr", 2)):
+        step = training_step(torch.cat(pipeline(name, views)))
+        seconds = rounds({"pipeline": lambda n=name, v=views: pipeline(n, v), "step": step}, repeats, device)
+        records.append(row(f"{name}, {views} view{'s' * (views > 1)} an image", seconds["pipeline"], seconds["step"], "%", 100.0,
+                           device=device, dtype="float32" if device == "cpu" else "bfloat16", data="random bytes",
+                           model="resnet18 small", batch=batch, size=size))
+    return records
+
 # %% ../nbs/66_bench.ipynb #5c426d28
 def bench(record: bool = False  # store in results/bench/?
           ) -> int:
@@ -311,6 +348,7 @@ def bench(record: bool = False  # store in results/bench/?
     store("small", bench_small(1 if small else 5, device, *((4, 16) if small else (16, 256))))
     store("selection", bench_selection(1 if small else 3, device, 64 if small else 224))
     store("extremal", bench_extremal(1 if small else 3, device, 2 if small else 10, 64 if small else 224))
-    for table in ("over", "masks", "seconds", "scorecam", "small", "selection", "extremal", "cams"):
+    store("loader", bench_loader(1 if small else 3 if device == "cpu" else 9, device, *((4, 32) if small else (16 if device == "cpu" else 128, 64))))
+    for table in ("over", "masks", "seconds", "scorecam", "small", "selection", "extremal", "cams", "loader"):
         print(f"\n{table}\n{show('bench', table).to_string()}")
     return 0

@@ -73,12 +73,15 @@ class SmallResNet(nn.Module):
         return fc(x.flatten(1))
 
 # %% ../nbs/05a_networks.ipynb #b9cf95a9
-def small_stem(name: str,        # "resnet18", "resnet50" or another ResNet of torchvision
+def small_stem(name: str,        # "resnet18", "resnet50" or another ResNet of torchvision, or "vgg16_bn"
                num_classes: int  # K
                ) -> nn.Module:
-    "A ResNet of torchvision with a 3x3 stem and no max-pool"
+    "A ResNet of torchvision with a 3x3 stem and no max-pool, or a VGG with one linear layer on the mean"
     from torchvision.models import get_model
     network = get_model(name, weights=None, num_classes=num_classes)
+    if name.startswith("vgg"):
+        network.avgpool, network.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, num_classes)
+        return network
     network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.maxpool = nn.Identity()
@@ -103,9 +106,9 @@ def resnet56(num_classes: int  # K
 # %% ../nbs/05a_networks.ipynb #63477b6e
 NETWORKS = {"plain_cnn": plain_cnn, "residual_cnn": residual_cnn, "resnet56": resnet56}
 TRAINED = ("plain_cnn", "residual_cnn")  # come trained on the synthetic creatures
-SMALL = ("resnet18", "resnet50", "resnet56")  # `load_model(..., small=True)` knows these
+SMALL = ("resnet18", "resnet50", "resnet56", "vgg16_bn")  # `load_model(..., small=True)` knows these
 
-def small_network(name: str,        # one of `NETWORKS`, or a ResNet of torchvision named in `SMALL`
+def small_network(name: str,        # one of `NETWORKS`, or a network of torchvision named in `SMALL`
                   num_classes: int  # K
                   ) -> nn.Module:
     "A network for images of 32 to 64 pixels, random weights"

@@ -52,7 +52,7 @@ def read_checkpoint(file: Path  # written by a run
     content = io.BytesIO(file.read_bytes())
     try:
         stored = torch.load(content, map_location="cpu", weights_only=True)
-        if stored["format"] != 1:
+        if stored["format"] != 2:
             raise ValueError("of another version")
         return stored
     except Exception as error:  # the reader fails in many ways on a damaged file
@@ -60,14 +60,15 @@ def read_checkpoint(file: Path  # written by a run
                          "or resume=False), or name another folder") from error
 
 # %% ../../nbs/42b_train.files.ipynb #1bfbccc5
-COLUMNS = ("epoch", "step", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "seconds")
+COLUMNS = ("epoch", "part", "step", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "seconds")
 
 def write_log(file: Path,  # log.csv
               log: list    # a dict per epoch
               ):
     "The log as CSV"
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    own = [key for key in (log[0] if log else ()) if key not in COLUMNS]
+    table = csv.DictWriter(text, (*COLUMNS, *own), lineterminator="\n")
     table.writeheader()
     table.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in log)
     write_whole(file, text.getvalue().encode())
@@ -75,19 +76,20 @@ def write_log(file: Path,  # log.csv
 # %% ../../nbs/42b_train.files.ipynb #20ca4c31
 def learning_curves(log  # rows of a run's `log`, or of log.csv read by pandas
                     ):
-    "Loss and accuracy by epoch: a matplotlib figure"
+    "Loss of the first part and accuracy of the last one by epoch: a matplotlib figure"
     import matplotlib.pyplot as plt
     rows = log.to_dict("records") if hasattr(log, "to_dict") else log
     if not rows:
         raise ValueError("the log is empty: no epoch has ended yet")
-    epochs = [row["epoch"] for row in rows]
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    first, last = ([row for row in rows if row["part"] == part] for part in (parts[0], parts[-1]))
     with plt.rc_context(LOOK):
         fig, axes = subplots(1, 2, (6.4, 2.6))
-        for ax, what, scale, unit in zip(axes, ("loss", "accuracy"), (1, 100), ("", " (%)"), strict=True):
+        for ax, what, rows, scale, unit in zip(axes, ("loss", "accuracy"), (first, last), (1, 100), ("", " (%)"), strict=True):
             for key, label, colour, marker in ((what, "training", BLUE, "o"), (f"val_{what}", "validation", RED, "s")):
                 values = [math.nan if row[key] is None else scale * row[key] for row in rows]
                 if not all(map(math.isnan, values)):
-                    ax.plot(epochs, values, color=colour, marker=marker, markevery=max(1, len(rows) // 8), label=label)
+                    ax.plot([row["epoch"] for row in rows], values, color=colour, marker=marker, markevery=max(1, len(rows) // 8), label=label)
             ax.set(xlabel="epoch", ylabel=what + unit)
             ax.xaxis.get_major_locator().set_params(integer=True)
             ax.grid(alpha=0.25)

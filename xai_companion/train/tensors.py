@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/42a_train.tensors.ipynb #a84912df
 from ..core import progress
-from ..data.items import ImageSet, resized
+from ..data.items import ImageSet
+from ..data.loader import as_bytes, read_items
 
 # %% ../../nbs/42a_train.tensors.ipynb #13ae1032
 def _free_memory(device: torch.device) -> int | None:
@@ -37,16 +38,6 @@ def check_fits(count: int,           # images
                            f"on {device}: take a smaller size or fewer images")
 
 # %% ../../nbs/42a_train.tensors.ipynb #008fdb6e
-def _as_bytes(image: Tensor, name: str) -> Tensor:
-    "An image in [0, 1] as uint8"
-    low, high = (v.item() for v in image.aminmax())
-    if low != low or high != high:
-        raise ValueError(f"{name}: NaN in the pixels, remove or mend the image")
-    if low < -1e-4 or high > 1 + 1e-4:
-        raise ValueError(f"{name}: values from {low:.3g} to {high:.3g}, but images must lie in [0, 1], or be bytes "
-                         "(uint8)")
-    return (image.clamp(0, 1) * 255).round().byte()
-
 def to_tensors(source: ImageSet,        # a set with one class per image
                size: int,               # side of the images in pixels
                device: torch.device | str = "cpu",  # where they shall lie
@@ -54,16 +45,8 @@ def to_tensors(source: ImageSet,        # a set with one class per image
     "All images and labels of a set"
     check_fits(len(source), size, torch.device(device))
     images, labels = torch.empty(len(source), 3, size, size, dtype=torch.uint8), torch.empty(len(source)).long()
-    draw = getattr(source, "batch", None)  # drawn sets give many at a time
     for part in progress(torch.arange(len(source)).split(250), "reading", unit="batch"):
-        if draw:
-            drawn = draw(part.tolist())
-            images[part], labels[part] = _as_bytes(drawn.image, f"a batch of {source.name}"), drawn.label
-            continue
-        for i in part.tolist():
-            item = source[i]
-            item = item if item.image.shape[1:] == (size, size) else resized(item, size)
-            images[i], labels[i] = _as_bytes(item.image, item.name), item.label
+        images[part], labels[part] = read_items(source, part.tolist(), size)
     return images.to(device), labels.to(device)
 
 # %% ../../nbs/42a_train.tensors.ipynb #a2f65696
@@ -88,7 +71,7 @@ def check_data(images: Tensor,     # should be uint8 (N, C, S, S)
         raise ValueError(f"label {labels[i].item()} of {what} image {i} is out of range: there are {count} classes, "
                          f"0 to {count - 1}")
     if images.dtype != torch.uint8:
-        images = _as_bytes(images, f"the {what} images")
+        images = as_bytes(images, f"the {what} images")
     return images, labels.long()
 
 # %% ../../nbs/42a_train.tensors.ipynb #fc252e9a

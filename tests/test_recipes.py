@@ -1,0 +1,337 @@
+"""The recipes in the loop: every one trains, resumes with the same bits, leaves no trace of its explanations, and agrees over processes."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from xai_companion.explain import EXPLAINERS
+from xai_companion.hooks import classifier_of
+from xai_companion.models import load_model
+from xai_companion.train import RECIPES, Batch, Config, Moment, fit, get_recipe
+from xai_companion.train.files import COLUMNS
+from xai_companion.train.losses import supcon_loss
+from xai_companion.train.published import PUBLISHED
+
+NAMES = ("ce cutout random_occlusion edda edda_random_class supcon supcon_clean_view excon exconb excon_random_mask "
+         "excon_random_class excon_accept_all").split()
+CONTRASTIVE = [name for name in NAMES if name.startswith(("supcon", "excon"))]
+EXPLAINING = [name for name in NAMES if name.startswith(("edda", "random", "excon"))]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def toy(count=48, classes=4, size=16, seed=0):
+    "A bright square on noise, whose colour is the class"
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 120, (count, 3, size, size), generator=generator)
+    labels = torch.arange(count) % classes
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
+    images[:, :, 4:10, 4:10] = colours[labels][:, :, None, None]
+    return images.byte(), labels
+
+
+def net(classes=4, seed=0):
+    "Two convolutions with batch norm, and a linear layer"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1),
+                             nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes))
+
+
+def config(name, **changes):
+    options = {"start": 0.5} if name in EXPLAINING else {}
+    options |= {"fill": "black"} if name in EXPLAINING else {}
+    return Config(recipe=name, model="own", size=16, epochs=2, batch=16, lr=0.05, options=options | changes.pop("options", {}), **changes)
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def batch_of(count=12):
+    images, labels = toy(count)
+    return Batch(images, labels, torch.arange(count))
+
+
+def ready(name, model, **changes):
+    recipe = get_recipe(name)(config(name, **changes))
+    recipe.setup(model, 12)
+    return recipe
+
+
+def seeded_views(recipe, model, moment):
+    return recipe.views(model, batch_of(), moment, torch.Generator().manual_seed(3))
+
+
+LATE = {name: Moment("encoder" if name in CONTRASTIVE else "all", 3, 0.9) for name in NAMES}
+
+
+def test_every_recipe_of_the_design_is_there():
+    assert set(NAMES) <= set(RECIPES)
+
+
+# ------------------------------------------------------------------ in the loop
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stopped_and_continued_ends_with_the_same_bits(tmp_path, name, monkeypatch):
+    whole = fit(config(name), toy(), toy(12, seed=1), model=net(), folder=tmp_path / "whole")
+    kind, left = RECIPES[name], [2]
+    original = kind.loss
+
+    def impatient(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+    monkeypatch.setattr(kind, "loss", impatient)
+    for steps in (2, 1, 2):
+        left[0] = steps
+        with pytest.raises(KeyboardInterrupt, match="stopped after step"):
+            fit(config(name), toy(), toy(12, seed=1), model=net(), folder=tmp_path / "parts", every=0.0)
+    monkeypatch.setattr(kind, "loss", original)
+    again = fit(config(name), toy(), toy(12, seed=1), model=net(seed=7), folder=tmp_path / "parts")
+    assert same(whole.model, again.model)
+    if whole.recipe.head is not None:
+        assert same(whole.recipe.head, again.recipe.head)
+    a, b = (pd.read_csv(tmp_path / part / "log.csv").drop(columns="seconds") for part in ("whole", "parts"))
+    assert a.equals(b) and list(a.columns) == [c for c in COLUMNS if c != "seconds"] + list(whole.recipe.notes)
+    assert len(a) == 2 * len(whole.recipe.parts) and a.part.tolist() == list(whole.recipe.parts) * 2
+    assert a.val_accuracy.notna().tolist() == [part == whole.recipe.parts[-1] for part in a.part]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns(name):
+    run = fit(config(name, epochs0=0) if False else replace(config(name), epochs=30), toy(), toy(24, seed=1), model=net())
+    assert run.log[-1]["val_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("name", EXPLAINING)
+def test_explanations_begin_at_start(name):
+    run = fit(replace(config(name), epochs=4), toy(), model=net())
+    column = [row[run.recipe.notes[0]] for row in run.log if row["part"] == run.recipe.parts[0]]
+    assert column[:2] == [0, 0] and max(column[2:]) > 0
+
+
+def test_kept_maps_resume(tmp_path):
+    refreshed = config("edda", options={"start": 0.0, "refresh": 2}, dtype="float32")
+    whole = fit(replace(refreshed, epochs=3), toy(50), model=net(), folder=tmp_path / "whole")
+    for stop in (1, 4, 7):
+        part = fit_until(replace(refreshed, epochs=3), stop, tmp_path / "parts")
+        assert part.done == stop
+    again = fit(replace(refreshed, epochs=3), toy(50), model=net(seed=3), folder=tmp_path / "parts")
+    assert same(whole.model, again.model)
+
+
+def fit_until(settings, stop, folder):
+    "Train up to a step and save"
+    from xai_companion.train import checkpoint, loop
+    run = loop.prepare(settings, toy(50), None, net(), None, torch.device("cpu"))
+    checkpoint.restore_run(run, folder)
+    while run.done < stop:
+        run.step()
+        if run.ends_pass:
+            run.close()
+    checkpoint.save_run(run, folder)
+    return run
+
+
+# ------------------------------------------------------------------ explanations leave no trace
+
+
+@pytest.mark.parametrize("name", EXPLAINING)
+def test_views_leave_no_trace(name):
+    model = net().train()
+    recipe = ready(name, model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    views = seeded_views(recipe, model, LATE[name])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not views.images.requires_grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradcampp", "saliency", "integrated_gradients", "deeplift", "sise"])
+def test_any_explainer_will_do(method):
+    assert method in EXPLAINERS
+    model = load_model("plain_cnn", None, 4).train()
+    recipe = get_recipe("edda")(Config(recipe="edda", size=16, options={"method": method, "start": 0.0}))
+    recipe.setup(model, 12)
+    views = recipe.views(model, batch_of(4), Moment(), torch.Generator().manual_seed(0))
+    assert views.images.shape == (12, 3, 16, 16) and 0 < views.notes[0] < 1
+    assert recipe.loss(model, views, Moment())[0].isfinite()
+
+
+# ------------------------------------------------------------------ what the recipes say
+
+
+def test_random_occlusion_hides_as_much_as_the_explanation():
+    model = net().eval()
+    shares = [seeded_views(ready(name, model), model, LATE[name]).notes[0] for name in ("edda", "random_occlusion")]
+    assert torch.equal(*shares) and 0 < shares[0] < 1
+    masks = [(seeded_views(ready(name, model), model, LATE[name]).images[24:] == 0).all(1) for name in ("edda", "random_occlusion")]
+    assert not torch.equal(*masks)
+
+
+def test_other_class_is_another_one():
+    from xai_companion.train.edda import other_classes
+    labels = torch.arange(4).repeat(100)
+    others = other_classes(labels, net(), torch.Generator().manual_seed(0))
+    assert (others != labels).all() and others.min() == 0 and others.max() == 3
+    assert all(set(others[labels == k].tolist()) == set(range(4)) - {k} for k in range(4))
+
+
+def test_accepted_is_what_the_network_recognises():
+    "Image by image: mask, ask, take the masked image or the second random view"
+    model = fit(replace(config("ce"), epochs=10), toy(), model=net()).model.train()
+    recipe = ready("excon", model)
+    views = seeded_views(recipe, model, LATE["excon"])
+    pair = recipe.augmented(batch_of().images, torch.Generator().manual_seed(3), "simclr", 2)
+    masked = recipe.masked(model, batch_of(), None)
+    model.eval()
+    for i in range(12):
+        right = model(masked[i:i + 1]).argmax() == batch_of().labels[i]
+        torch.testing.assert_close(views.images[12 + i], masked[i] if right else pair[1][i])
+    assert torch.equal(views.images[:12], pair[0])
+    share = (model(masked).argmax(1) == batch_of().labels).float().mean()
+    assert views.notes[0] == share
+
+
+@pytest.mark.parametrize("released, weight", [(False, 1.0), (True, 2.0)])
+def test_backgrounds_enter_the_denominator_only(released, weight):
+    model = net().eval()
+    recipe = ready("exconb", model, options={"as_released": released})
+    views = seeded_views(recipe, model, LATE["exconb"])
+    assert len(views.images) > 24
+    loss, logits = recipe.loss(model, views, LATE["exconb"])
+    features = model[:9](views.images)
+    z = nn.functional.normalize(recipe.head(features), dim=1)
+    expected = supcon_loss(torch.stack([z[:12], z[12:24]], 1), views.labels, background=z[24:], background_weight=weight)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits, model(views.images)[:12])
+
+
+def test_edda_loss_of_a_step_by_hand():
+    model = net().eval()
+    recipe = ready("edda", model, options={"keep_weight": 0.5, "drop_weight": 2.0})
+    views = seeded_views(recipe, model, LATE["edda"])
+    whole, keep, drop = model(views.images).log_softmax(1).chunk(3)
+    own = torch.arange(12), views.labels
+    expected = -whole[own].mean() - 0.5 * keep[own].mean() - 2 * drop.mean()
+    torch.testing.assert_close(recipe.loss(model, views, LATE["edda"])[0], expected)
+
+
+def test_a_further_class_for_what_shows_nothing():
+    settings = Config(recipe="edda", size=16, epochs=2, batch=16, options={"drop_target": "extra", "start": 0.0})
+    run = fit(settings, toy(), toy(12, seed=1), classes=list("abcd"))
+    assert classifier_of(run.model)[1].out_features == 5 and run.model.classes == ["a", "b", "c", "d", "nothing"]
+    with pytest.raises(ValueError, match="extra|K \\+ 1|logit"):
+        fit(replace(settings, model="own"), toy(), model=net())
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_parts_learn_apart(staged):
+    run = fit(replace(config("supcon", options={"staged": staged}), epochs=2), toy(), toy(12, seed=1), model=net())
+    parts = [row["part"] for row in run.log]
+    assert parts == (["encoder"] * 2 + ["classifier"] * 2 if staged else ["encoder", "classifier"] * 2)
+    from xai_companion.train import loop
+    run = loop.prepare(config("supcon"), toy(), None, net(), None, torch.device("cpu"))
+    weights = {"encoder": [*run.model[:9].parameters(), *run.recipe.head.parameters()], "classifier": list(run.model[9].parameters())}
+    for _ in range(6):
+        before = {part: [p.detach().clone() for p in ps] for part, ps in weights.items()}
+        statistics, part = run.model[1].running_mean.clone(), run.now.part
+        run.step()
+        for own, ps in weights.items():
+            assert all(torch.equal(a, b) for a, b in zip(before[own], ps, strict=True)) == (own != part)
+        assert torch.equal(statistics, run.model[1].running_mean) == (part == "classifier")
+
+
+def test_collapse_is_named():
+    "At a learning rate that destroys the network all views look alike"
+    settings = replace(config("supcon"), epochs=6, lr=0.0001, batch=16)
+    with pytest.warns(UserWarning, match="collapse"):
+        class Flat(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale, self.fc = nn.Parameter(torch.zeros(1)), nn.Linear(8, 4)
+
+            def forward(self, x):
+                return self.fc(self.scale * 1e-6 * x.mean((1, 2, 3))[:, None] + torch.ones(8))
+        fit(settings, toy(), model=Flat())
+
+
+@pytest.mark.parametrize("name, options, words", [
+    ("ce", {"tau": 0.5}, "no option 'tau'"), ("edda", {"taus": 0.5}, "did you mean tau"), ("edda", {"tau": 1.5}, "tau must"),
+    ("edda", {"share": -1}, "share must"), ("edda", {"fill": "white"}, "fill must"), ("edda", {"refresh": 0.5}, "refresh"),
+    ("edda", {"drop_target": "zero"}, "drop_target must"), ("edda", {"drop_weight": -1}, "must not be negative"),
+    ("excon", {"method": "gradcan"}, "gradcam"), ("excon", {"tau": -0.1}, "tau must"), ("supcon", {"temperature": 0}, "temperature must"),
+    ("supcon", {"views": "crops"}, "views must"), ("exconb", {"background_weight": -1}, "must not be negative"),
+])
+def test_bad_options(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        Config(recipe=name, options=options)
+
+
+def test_no_classifier_at_the_end():
+    with pytest.raises(ValueError, match="no linear layer"):
+        fit(replace(config("supcon"), seed=1), toy(), model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), classes=list("abcd"))
+
+
+def test_a_class_with_one_image():
+    images, labels = toy()
+    labels[5] = 4
+    run = fit(config("supcon"), (images, labels), model=net(5), classes=list("abcde"))
+    assert all(row["loss"] == row["loss"] for row in run.log)
+
+
+# ------------------------------------------------------------------ several processes
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from dataclasses import replace
+from test_recipes import config, net, toy
+from xai_companion.train import fit
+model = net()
+for module in model.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.momentum = 0.0
+        module.eval()
+        module.train = lambda mode=True: module
+run = fit(config(sys.argv[2], options={{"views": "none", "classifier_views": "none"}} if "con" in sys.argv[2] else {{}}, augmentation="none"),
+          toy(), toy(12, seed=1), model=model, folder=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("name", ["ce", "supcon"])
+def test_two_processes_take_the_steps_of_one(tmp_path, name):
+    "Batch norm stands still here, because its statistics are those of a process"
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    for count in (1, 2):
+        words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--rdzv-backend=c10d",
+                 "--rdzv-endpoint=localhost:0", script, tmp_path / str(count), name]
+        done = subprocess.run(list(map(str, words)), env=ENV, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (torch.load(tmp_path / n / "model.pt", weights_only=True)["state_dict"] for n in ("1", "2"))
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], atol=2e-5, rtol=1e-4)
+    assert any(not torch.equal(v, net().state_dict()[k]) for k, v in one.items())
+
+
+# ------------------------------------------------------------------ the papers' schedules
+
+
+@pytest.mark.parametrize("name", ["exconb_cifar100", "supcon_tiny_imagenet", "edda_resnet18_svhn"])
+def test_published_schedules_run_at_smoke_size(name, tmp_path):
+    settings = replace(PUBLISHED[name].smoke, size=32)
+    images, labels = toy(16, size=32)
+    run = fit(settings, (images, labels), (images, labels), classes=list("abcd"), folder=tmp_path)
+    assert run.log[-1]["val_accuracy"] is not None and settings.model == "residual_cnn"
