@@ -462,6 +462,55 @@ def test_command_with_train_and_val(photos, tmp_path, capsys):
         load_model("resnet18", weights=file, num_classes=3)
 
 
+def test_command_with_a_recipe_and_its_options(photos, tmp_path, capsys):
+    assert run("--data", photos / "plain", *SHORT, "--epochs", 2, "--recipe", "exconb", "--set", "tau=0.25", "--set", "method=hirescam",
+               "--set", "start=0", "--out", tmp_path) == 0
+    [file] = tmp_path.rglob("model.pt")
+    meta = torch.load(file, weights_only=True)["meta"]
+    assert meta["config"]["options"] == {"tau": 0.25, "method": "hirescam", "start": 0}
+    assert meta["command"].endswith('--set tau=0.25 --set method="hirescam" --set start=0')
+    table = pd.read_csv(file.parent / "log.csv")
+    assert table.part.tolist() == ["encoder", "classifier"] * 2 and table.accepted.notna().tolist() == [True, False] * 2
+    with pytest.raises(ValueError, match="no option 'taus'.*did you mean tau"):
+        run("--recipe", "excon", "--set", "taus=1", "--out", tmp_path)
+
+
+def test_command_goes_on_from_weights(photos, tmp_path):
+    assert run("--data", photos / "plain", *SHORT, "--out", tmp_path / "a") == 0
+    [file] = (tmp_path / "a").rglob("model.pt")
+    assert run("--data", photos / "plain", *SHORT, "--epochs", 1, "--lr", 1e-9, "--weights", file, "--out", tmp_path / "b") == 0
+    [again] = (tmp_path / "b").rglob("model.pt")
+    old, new = (load_model("plain_cnn", f) for f in (file, again))
+    torch.testing.assert_close(old.fc.weight, new.fc.weight, atol=1e-6, rtol=0)
+    assert torch.load(again, weights_only=True)["meta"]["config"]["start"].startswith("model.pt ")
+    assert run("--data", photos / "plain", *SHORT, "--epochs", 1, "--lr", 1e-9, "--weights", "pretrained", "--out", tmp_path / "c") == 0
+    [other] = (tmp_path / "c").rglob("model.pt")
+    model, twenty = load_model("plain_cnn", other), load_model("plain_cnn")
+    assert model.fc.out_features == 2 and model.classes == ["bright", "dark"]
+    torch.testing.assert_close(model.block1[0].weight, twenty.block1[0].weight, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="weights of plain_cnn, not of residual_cnn"):
+        run("--data", photos / "plain", *SHORT, "--weights", file, "--model", "residual_cnn", "--out", tmp_path / "d")
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        run("--data", photos / "plain", *SHORT, "--weights", tmp_path / "missing.pt", "--out", tmp_path / "d")
+
+
+def test_command_with_a_schedule_of_a_paper(photos, tmp_path):
+    assert run("--config", "exconb_cifar100", "--smoke", "--data", photos / "plain", "--device", "cpu", "--out", tmp_path) == 0
+    [file] = tmp_path.rglob("model.pt")
+    config = torch.load(file, weights_only=True)["meta"]["config"]
+    assert (config["recipe"], config["model"], config["lr"], config["dtype"]) == ("exconb", "residual_cnn", 0.5, "bfloat16")
+    assert config["options"] == {"start": 0.25}
+
+
+def test_command_reads_batch_by_batch(photos, tmp_path):
+    words = ("--data", photos / "parts", *SHORT, "--epochs", 2)
+    assert run(*words, "--out", tmp_path / "whole") == 0 and run(*words, "--workers", 0, "--out", tmp_path / "stream") == 0
+    models = [load_model("plain_cnn", next((tmp_path / part).rglob("model.pt"))) for part in ("whole", "stream")]
+    assert same(*models)
+    with pytest.raises(ValueError, match="need a val folder"):
+        run("--data", photos / "plain", *SHORT, "--workers", 0, "--out", tmp_path / "none")
+
+
 def test_command_on_the_creatures(tmp_path, capsys):
     from xai_companion.data.synthetic import CLASSES
     assert run("--data", "synthetic", "--images", 40, "--size", 32, "--epochs", 1, "--test", "--device", "cpu", "--out", tmp_path) == 0

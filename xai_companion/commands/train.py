@@ -43,6 +43,7 @@ def read_data(name: str,              # of a set, or a folder
               count: int | None,      # so many training images at most
               seed: int,              # of the choice, where there is one
               test: bool = False,     # also the test split
+              stream: bool = False,   # leave the training images where they are?
               ) -> dict:              # "train", "val", perhaps "test": (images, labels); classes, name and fingerprint
     "The images of a run as tensors, and what they are"
     from xai_companion.data.datasets import load_dataset
@@ -62,14 +63,17 @@ def read_data(name: str,              # of a set, or a folder
         if source.classes != classes:
             raise ValueError(f"the classes of the parts differ: {part} has {', '.join(source.classes[:5])}, "
                              f"train has {', '.join(classes[:5])}")
-    found = {part: to_tensors(source, size) for part, source in sets.items()}
+    if stream and ("val" not in sets or count):
+        raise ValueError("images that are read batch by batch need a val folder beside train, and are taken all (no --images)")
+    found = {part: source if stream and part == "train" else to_tensors(source, size) for part, source in sets.items()}
     if "val" not in found:
         found["train"], found["val"] = _split_off(*found["train"], seed)
     if count and count < len(found["train"][1]):
         some = torch.randperm(len(found["train"][1]), generator=torch.Generator().manual_seed(seed))[:count].sort()[0]
         found["train"] = tuple(t[some] for t in found["train"])
-    what = f"{sets['train'].fingerprint}, {len(found['train'][1])} used"
-    return found | {"classes": classes, "name": name, "fingerprint": what}
+    used = len(found["train"] if stream else found["train"][1])
+    what = f"{sets['train'].fingerprint}, {used} used"
+    return found | {"count": used} | {"classes": classes, "name": name, "fingerprint": what}
 
 # %% ../../nbs/67c_commands.train.ipynb #4eeb61cc
 OPTIONS = {  # a field of the config and what it is; the command has an option of the same name
@@ -105,6 +109,8 @@ def add_train(commands):
     p.add_argument("--data", metavar="NAME_OR_FOLDER", help="a data set by name, or a folder with one folder of images per "
                    "class, possibly below train and val (default: synthetic)")
     p.add_argument("--root", help="where the files of the data set are (default: below the data root)")
+    p.add_argument("--workers", type=int, metavar="N", help="read the training images batch by batch with N processes, for sets "
+                   "larger than the memory (default: read all at once)")
     p.add_argument("--images", type=int, metavar="N", help="take so many training images (default: all)")
     p.add_argument("--config", choices=sorted(PUBLISHED), metavar="NAME", help="a schedule of a paper, see train.published; "
                    "the other options change it")
@@ -168,9 +174,10 @@ def _trained(args, config, data):
     from xai_companion.train.loop import fit
     model = args.weights and start_model(config.model, args.weights, data["classes"], config.seed)
     folder = Path(args.out or settings().reports / "train") / config.name
-    counts = len(data["train"][1]), len(data["val"][1]), len(data["classes"])
+    counts = data["count"], len(data["val"][1]), len(data["classes"])
     print("{} training and {} validation images, {} classes; {}".format(*counts, folder))
-    return folder, fit(config, data["train"], data["val"], model, data["classes"], folder, args.device, not args.fresh)
+    return folder, fit(config, data["train"], data["val"], model, data["classes"], folder, args.device, not args.fresh,
+                       workers=args.workers)
 
 def run_train(args) -> int:
     "xai-companion train"
@@ -181,13 +188,15 @@ def run_train(args) -> int:
     trial = load_model(first.model, args.weights, None if args.weights else 2)  # mistakes show before images are read
     start = f"{Path(args.weights).name} {model_fingerprint(trial)}" if args.weights else ""
     images = args.images or (64 if args.smoke else None)
-    data = read_data(args.data or first.data, args.root, first.size, images, first.seed, args.test)
+    data = read_data(args.data or first.data, args.root, first.size, images, first.seed, args.test, args.workers is not None)
     config = _config(args, data=data["name"], fingerprint=data["fingerprint"], start=start)
     try:
         folder, run = _trained(args, config, data)
     except KeyboardInterrupt as stop:
         print(stop, file=sys.stderr)
         return 130
+    if run.rank:  # of several processes only the first one writes
+        return 0
     more = {"command": _written(args, config)}
     if args.test:
         more["test_accuracy"] = loss_and_accuracy(run.model, *(t.to(run.device) for t in data["test"]))[1]

@@ -102,6 +102,8 @@ class Run:
         self.device = next(model.parameters()).device
         self.rank, self.world = processes(self.device)
         self.batch = min(config.batch, len(data))
+        if self.batch % self.world:
+            raise ValueError(f"a batch of {self.batch} images cannot be shared by {self.world} processes: take a multiple of it")
         self.per_epoch = len(data) // self.batch
         self.part_steps = -(-config.seen // self.batch) if config.seen else config.epochs * self.per_epoch
         self.recipe = get_recipe(config.recipe)(config)
@@ -196,12 +198,12 @@ def _class_count(labels, classes, model) -> int:
         return len(classes)
     return classifier_of(model)[1].out_features if model else max(2, int(labels.max()) + 1) if len(labels) else 2
 
-def prepare(config: Config, train, val, model, classes, device, stream=False) -> Run:
+def prepare(config: Config, train, val, model, classes, device, workers=None) -> Run:
     "A run, checked; data, model and classes as `fit` takes them"
     classes = classes or getattr(train, "classes", None)
     val = to_tensors(val, config.size) if isinstance(val, ImageSet) else val
     if isinstance(train, ImageSet):
-        train = Streamed(train, config.size, device) if stream else to_tensors(train, config.size)
+        train = to_tensors(train, config.size) if workers is None else Streamed(train, config.size, device, workers)
     labels = train.labels if isinstance(train, Streamed) else train[1]
     count = _class_count(labels, classes, model)
     if not isinstance(train, Streamed):
@@ -214,7 +216,7 @@ def prepare(config: Config, train, val, model, classes, device, stream=False) ->
             model = load_model(config.model, None, count + len(more), config.model in SMALL and config.size <= 64, names)
     check_trainable(model, labels, min(config.batch, len(labels)))
     if device.type != "cpu":
-        check_fits((0 if stream else len(labels)) + (len(val[1]) if val else 0), config.size, device)
+        check_fits((len(labels) if workers is None else 0) + (len(val[1]) if val else 0), config.size, device)
     train = train if isinstance(train, Streamed) else Resident(*(t.to(device) for t in train))
     return Run(config, model.to(device).train(), train, val and tuple(t.to(device) for t in val))
 
@@ -228,11 +230,14 @@ def fit(config: Config,
         device: str = "cpu",   # "cpu", "cuda", "auto"
         resume: bool = True,   # continue from the checkpoint in `folder`; False: start afresh
         every: float = 60.0,   # seconds between two checkpoints inside an epoch
-        stream: bool = False,  # read the training images batch by batch, for sets larger than the memory
+        workers: int | None = None,  # read the images of a set batch by batch, by so many processes (0: this one);
+                                     # default: all of them lie on the device
         ) -> Run:
     "Train; the run, with its `model` in evaluation mode and its `log`"
     folder = folder and Path(folder)
-    run = prepare(config, train, val, model, classes, pick_device(device), stream)
+    device = pick_device(device)
+    processes(device)
+    run = prepare(config, train, val, model, classes, device, workers)
     if folder and resume:
         restore_run(run, folder)
     with explained(run, folder):
