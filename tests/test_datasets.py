@@ -515,6 +515,11 @@ def test_severstal(tmp_path):
         val
     ].shape == stored.shape
     assert len(load_dataset("severstal", "val", tmp_path, clean="all")) == 7
+    defects = load_dataset("severstal", "val", tmp_path, clean="none")
+    assert [item.name for item in defects] == [item.name for item in patches if item.label]
+    assert len(defects) == 2 and len(patches) == 3 and defects.fingerprint != patches.fingerprint
+    with pytest.raises(ValueError, match="'none', 'one' or 'all', got 'some'"):
+        load_dataset("severstal", "val", tmp_path, clean="some")
     other = load_dataset("severstal", "train", tmp_path)
     assert [item.name.split("@")[0] for item in other] == [f"train_images/{train}"] and other[0].masks is None
     assert other.files == load_dataset("severstal", "train", tmp_path).files

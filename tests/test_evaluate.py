@@ -1,9 +1,11 @@
 """The evaluation: equal to a naive loop, to itself after an interruption, and to itself on two processes."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,9 @@ from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.synthetic import Synthetic
 from xai_companion.evaluate import Ledger, by_size, evaluate, load_units, seeded_order, summary
 from xai_companion.explain import SISE, GradCAM
+from xai_companion.explain.base import Explainer
 from xai_companion.explain.contract import trap_network
+from xai_companion.ledger import writing
 from xai_companion.metrics import (
     METRICS,
     average_drop,
@@ -147,6 +151,86 @@ def test_a_damaged_line_names_the_file(network, tmp_path):
     file.write_text("nonsense\n" + file.read_text())
     with pytest.raises(ValueError, match=f"{file.name} is damaged"):
         evaluate({"cam": GradCAM(network)}, Street(), ("drop",), n=2, batch=1, folder=tmp_path)
+
+
+HOLDER = textwrap.dedent("""
+    import sys, time
+    from test_evaluate import Street
+    from xai_companion import evaluate as module
+    from xai_companion.explain import GradCAM
+    from xai_companion.explain.contract import trap_network
+    def wait(*arguments):
+        print("computing", flush=True)
+        time.sleep(600)
+    module._one_batch = wait
+    module.evaluate({"cam": GradCAM(trap_network())}, Street(), ("drop",), batch=1, folder=sys.argv[1])
+""")
+
+
+def test_a_second_writer_is_refused(network, tmp_path, monkeypatch):
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "computing\n"
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        with pytest.raises(RuntimeError, match=r"another process is writing .*gradcam-\w+\.0\.jsonl.*another folder"):
+            evaluate({"cam": GradCAM(network)}, Street(), ("drop",), batch=1, folder=tmp_path)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+        assert len(evaluate({"sise": SISE(network)}, Street(), ("drop",), batch=1, folder=tmp_path)) > 0  # another file
+        monkeypatch.setenv("RANK", "1")
+        assert len(evaluate({"cam": GradCAM(network)}, Street(), ("drop",), batch=1, folder=tmp_path)) > 0  # another rank
+        monkeypatch.delenv("RANK")
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    assert len(evaluate({"cam": GradCAM(network)}, Street(), ("drop",), batch=1, folder=tmp_path)) > 0
+
+
+def test_the_lock_ends_with_the_evaluation(network, tmp_path, monkeypatch):
+    again = {"a": GradCAM(network), "b": GradCAM(network)}  # two names of one explainer share a file
+    frame = evaluate(again, Street(), ("drop",), batch=1, folder=tmp_path)
+    assert frame.groupby("explainer").size().nunique() == 1
+    monkeypatch.setattr(GradCAM, "attribute", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate({"cam": GradCAM(network, layers="2")}, Street(), ("drop",), batch=1, folder=tmp_path)
+    program = ("import sys\nfrom pathlib import Path\nfrom filelock import FileLock\n"
+               "for file in Path(sys.argv[1]).glob('*.lock'):\n    FileLock(file).acquire(timeout=0)\n    print(file.name)")
+    free = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert free.returncode == 0 and len(free.stdout.split()) == 2, free.stderr
+
+
+def test_a_torn_line_is_cut_off_by_the_next_writer_only(tmp_path):
+    with writing(Ledger(tmp_path, {"explainer": {"method": "a"}})) as ledger:
+        ledger.add("0:1", [], 1.0)
+    whole = ledger.own.read_bytes()
+    ledger.own.write_bytes(whole + b'{"batch": "1:')
+    assert list(Ledger(tmp_path, {"explainer": {"method": "a"}}).done) == ["0:1"] and ledger.own.read_bytes() != whole
+    with writing(ledger):
+        assert ledger.own.read_bytes() == whole
+
+
+class Broken(Explainer, name="broken_for_a_test"):
+    "A map with NaN for one image of a batch"
+    def compute(self, images, target):
+        maps = images.mean(1, keepdim=True)
+        maps[-1, 0, 0, 0] = float("nan")
+        return maps
+
+
+def test_a_map_with_nan_names_the_explainer(network):
+    from xai_companion.explain.base import EXPLAINERS
+    EXPLAINERS.pop("broken_for_a_test", None)
+    with pytest.raises(ValueError, match=r"broken_for_a_test \(version=1.*makes of \d\.jpg, class \d, has NaN"):
+        evaluate({"cam": GradCAM(network), "mine": Broken(network)}, Street(), ("drop",), score="sigmoid")
+
+
+def test_more_images_than_there_are(network):
+    with pytest.warns(UserWarning, match="n=50, but street val has 6 images") as said:
+        frame = evaluate({"cam": GradCAM(network)}, Street(), ("drop",), n=50, batch=1)
+    assert frame.position.nunique() == 6 and len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate({"cam": GradCAM(network)}, Street(), ("drop",), n=6)
 
 
 def test_budget_stops_the_slow_and_keeps_pairs(network, tmp_path, monkeypatch):

@@ -1,16 +1,30 @@
 """The testbeds of the papers, on tiny sets of the true format with random weights; and what a page does with a run."""
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_datasets import needs_coco, write_coco, write_steel, write_voc
+from test_datasets import needs_coco, write_coco, write_elpv, write_steel, write_voc
 
+from xai_companion import testbeds
+from xai_companion.cli import main
 from xai_companion.evaluate import differences
 from xai_companion.explain import GradCAM, HiResCAM
 from xai_companion.models import load_model
-from xai_companion.testbeds import OF_PROFILE, TESTBEDS, Restricted, Run, methods, run_testbeds
+from xai_companion.testbeds import (
+    CURVES,
+    MASKED,
+    OF_PROFILE,
+    TESTBEDS,
+    TRAIN_ELPV,
+    Restricted,
+    Run,
+    methods,
+    run_testbeds,
+)
 from xai_companion.testbeds import testbeds as present
 from xai_companion.verdicts import ABOVE
 
@@ -49,6 +63,51 @@ def test_the_papers_testbeds(paper_profile, monkeypatch, name):
     own = run.frame[run.frame.explainer == "Grad-CAM"].groupby("position")["drop"].mean()
     assert stored["n"] == 2 and stored["value"] == pytest.approx(100 * own.mean(), rel=1e-5) and stored["paper"]["value"] == 35.8
     assert stored["provenance"]["data"].startswith(name.split("_")[0])
+
+
+def test_solar_cells(paper_profile, monkeypatch, capsys):
+    "The checkpoint that `train` writes is the one that the testbed wants"
+    monkeypatch.setitem(OF_PROFILE, "cpu", ("elpv_resnet18",))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
+    write_elpv(paper_profile / "data" / "elpv")
+    assert present() == {}
+    said = capsys.readouterr().out
+    assert "not run: resnet18, ELPV solar cells. no checkpoint elpv_resnet18.pt" in said and f"`{TRAIN_ELPV}` trains one" in said
+    small = {"224": "32", "60": "1"}
+    assert main([small.get(word, word) for word in TRAIN_ELPV.split()[1:]] + ["--batch", "8", "--out", str(paper_profile / "runs")]) == 0
+    trained, = (paper_profile / "runs").glob("*/model.pt")
+    (paper_profile / "data" / "checkpoints").mkdir()
+    shutil.copy(trained, paper_profile / "data" / "checkpoints" / "elpv_resnet18.pt")
+    run, = run_testbeds(lambda network, bed: {"Grad-CAM": GradCAM(network)}, n=2, metrics=("drop",))
+    assert len(run.frame) == 2 and run.frame["drop"].notna().all() and TESTBEDS["elpv_resnet18"].metrics == MASKED + CURVES and set(run.frame.label) <= {0, 1}
+    assert run.data.startswith("elpv val 8 ")
+
+
+def test_limits_of_photographs(monkeypatch):
+    beds = {name: TESTBEDS[name] for name in ("plain", "imagenet", "tiny", "elpv_resnet18")}
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
+    assert {name: bed.limits(1000, 250) for name, bed in beds.items()} == {
+        "plain": (1000, 250), "imagenet": (200, 1800), "tiny": (250, 1800), "elpv_resnet18": (200, 1800)}
+    assert TESTBEDS["tiny"].limits(8, 250) == (8, 1800)
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
+    assert {bed.limits(1000, 60) for bed in beds.values()} == {(1000, 60)}
+
+
+def test_limits_reach_the_evaluation(monkeypatch, tmp_path):
+    asked = {}
+
+    def evaluate(explainers, data, metrics, **options):
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(testbeds, "evaluate", evaluate)
+    monkeypatch.setitem(TESTBEDS, "plain", replace(TESTBEDS["plain"], cpu=(7, 1800)))
+    monkeypatch.setitem(OF_PROFILE, "cpu", ("plain",))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
+    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        run_testbeds(lambda network, bed: {}, n=1000, budget=250)
+    assert (asked["n"], asked["budget"], asked["batch"]) == (7, 1800, 1)
 
 
 def test_what_is_missing_is_named(paper_profile, capsys):

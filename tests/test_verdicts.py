@@ -1,9 +1,12 @@
 """Paired tests, Holm's levels and verdicts against their definitions; the table of claims from files."""
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from xai_companion.records import mean_interval
+from xai_companion.results import load
 from xai_companion.verdicts import (
     ABOVE,
     BELOW,
@@ -90,7 +93,8 @@ def test_table_of_claims(quick, monkeypatch):
     assert table.verdict[[name for name in table.index if name.startswith("3")][0]] == "supported"
     level = holm_levels([paired_p(near), paired_p(far)])[1]
     _, low, high = mean_interval(far, level)
-    assert comparisons("sise", 1).loc[("here (quick)", "b"), "EBPG"] == f"+  {far.mean():.1f} [{low:.1f}, {high:.1f}]"
+    shown = f"+  {far.mean():.1f} [{low:.1f}, {high:.1f}], wins {100 * (far > 0).mean():.0f} : {100 * (far < 0).mean():.0f}"
+    assert comparisons("sise", 1).loc[("here (quick)", "b"), "EBPG"] == shown
     assert forest("sise", 1) is not None and forest("sise", 2) is None
 
     save_comparisons("sise", 1, "here", "EBPG", {"c": far}, ABOVE)  # another family of rivals takes the place of the first
@@ -100,6 +104,25 @@ def test_table_of_claims(quick, monkeypatch):
     save_comparisons("sise", 1, "here", "EBPG", {"a": far}, ABOVE)
     assert "here (cpu)" in set(claims("sise").setting) and "here (quick)" not in set(claims("sise").setting[:2])
     assert claims("sise").verdict.iloc[0] == "supported"
+
+
+def test_win_rate_counts_images(quick):
+    gaps = np.array([3.0, -1, 0, 2, 0, 5, -2, 4, 0, 1])
+    save_comparisons("sise", 1, "here", "EBPG", {"a": gaps}, (-2, None))   # as good as: wins are above 0, not above -2
+    save_comparisons("sise", 1, "here", "Drop", {"a": gaps}, (None, 2))    # lower is better
+    save_comparisons("sise", 3, "here", "EBPG", {"a": gaps}, within(2))    # no side is the better one
+    stored = {(r["config"]["claim"], r["config"]["metric"]): r for r in load("sise", "claims")["quick"]}
+    assert stored[1, "EBPG"]["wins"] == [0.5, 0.2] and stored[1, "Drop"]["wins"] == [0.2, 0.5] and "wins" not in stored[3, "EBPG"]
+    table = comparisons("sise", 1)
+    assert table.iloc[0].EBPG.endswith(", wins 50 : 20") and table.iloc[0].Drop.endswith(", wins 20 : 50")
+    assert list(comparisons("sise", 1, ["Drop"])) == ["Drop"] and "wins" not in comparisons("sise", 3).iloc[0].EBPG
+
+
+def test_records_without_a_win_rate_are_shown(quick):
+    file = save_comparisons("sise", 1, "here", "EBPG", {"a": [1.0, 2, 3]}, ABOVE)[1]
+    records = json.loads(file.read_text())
+    file.write_text(json.dumps([{k: v for k, v in r.items() if k != "wins"} for r in records]))
+    assert comparisons("sise", 1).iloc[0, 0].endswith("]") and claims("sise").verdict.iloc[0] == "inconclusive"
 
 
 @pytest.mark.parametrize("call, words", [

@@ -212,7 +212,8 @@ def test_reliability():
     assert share[[0, 9]].tolist() == [0.5, 0.5] and accuracy[[0, 9]].tolist() == [0.5, 1] and np.isclose(mean[0], 0.075)
     fig = viz.reliability_diagram(torch.tensor(confidence, dtype=torch.float64), torch.tensor(correct).bool(), bins=10)
     ece = 100 * (0.5 * (0.5 - 0.075) + 0.5 * 0.025)
-    assert fig.axes[0].get_legend().get_title().get_text() == f"ECE {ece:.1f} %"
+    assert fig.axes[0].get_title(loc="right") == f"ECE {ece:.1f} %"
+    assert fig.axes[0].get_legend() is None and len(fig.legends) == 1, "a legend inside would cover bars"
     for bad in (([0.5], [1, 0]), ([], []), ([1.5], [1]), ([float("nan")], [1])):
         with pytest.raises(ValueError, match="confidence"):
             viz.reliability_diagram(*bad)

@@ -162,7 +162,7 @@ def record(config: dict,                # which row this is: flat, JSON values
 # %% ../nbs/01a_records.ipynb #368fae8d
 FIELDS = {"key": str, "config": dict, "seed": int, "value": (int, float), "unit": str, "n": int,
           "paper": (dict, str), "provenance": dict}
-OPTIONAL = {"interval": list, "values": list}
+OPTIONAL = {"interval": list, "values": list, "wins": list}
 PROVENANCE = {"commit", "versions", "command", "hardware", "dtype", "seconds", "data"}
 
 def _complaint(item):
@@ -176,7 +176,7 @@ def _complaint(item):
     if wrong:
         return f"fields of the wrong type: {', '.join(wrong)}"
     ends = item.get("interval", [])
-    numbers = [item["value"], *ends, *item.get("values", ())]
+    numbers = [item["value"], *ends, *item.get("values", ()), *item.get("wins", ())]
     if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers):
         return "a value is not a finite number"
     if item["n"] < 1 or ends != sorted(ends) or len(ends) not in (0, 2):

@@ -212,7 +212,8 @@ class Table(pd.DataFrame):
 
     def _repr_html_(self):
         with pd.option_context(*self._full):
-            return super()._repr_html_()
+            html = super()._repr_html_()
+        return re.sub(r"\n\s*", "", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))  # a page stores many tables
 
 # %% ../nbs/02_results.ipynb #bbab355a
 def _table(columns):

@@ -88,12 +88,30 @@ CLAIMS = {
         1: "integrating along a path gives better localisation and fidelity than Grad-CAM and Grad-CAM++",
         2: "Grad-CAM's average gradient terms underestimate the contribution of the representations",
     },
+    "edda": {
+        1: "training makes it so that hiding the salient region lowers the confidence, and hiding the rest does not",
+        2: "explanations fit the model better than without augmentation and than with random occlusion, for every classifier and explainer",
+    },
+    "excon": {
+        1: "better classification than SupCon",
+        2: "better explanations than SupCon",
+        3: "more robust against attacks than SupCon",
+        4: "better calibrated under distribution shift than SupCon",
+        5: "neighbours in the embedding have similar content and similar explanations",
+    },
 }
 
 # %% ../nbs/02a_verdicts.ipynb #6d30bd1f
 def _nearest_bound(mean, claimed):
     "The bound of the claimed range that the mean is nearest to"
     return min((bound for bound in claimed if bound is not None), key=lambda bound: abs(mean - bound))
+
+def _wins(values, claimed):
+    "Shares of the images on which ours is better and worse, where the claim says which side is the better one"
+    if None not in claimed:
+        return {}
+    better = values if claimed[1] is None else -values
+    return {"wins": [round(float((better > 0).mean()), 4), round(float((better < 0).mean()), 4)]}
 
 def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, edda or excon
                      claim: int,         # its number in `CLAIMS`
@@ -118,7 +136,7 @@ def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, e
         mean, *ends = mean_interval(values, level)
         config = {"row": f"claim {claim}: {metric}, {name}", "claim": claim, "setting": setting, "metric": metric, "rival": name,
                   "claimed": list(claimed), **about}
-        made.append(record(config, value=mean, n=len(values), interval=tuple(ends), unit=unit, **kept))
+        made.append(record(config, value=mean, n=len(values), interval=tuple(ends), unit=unit, **kept) | _wins(values, claimed))
     return save(paper, "claims", made, same=("claim", "setting", "metric"))
 
 # %% ../nbs/02a_verdicts.ipynb #c0d35bab
@@ -138,6 +156,10 @@ def _judged(r):
     "The verdict on one stored comparison"
     return verdict(r["interval"], r["config"]["claimed"])
 
+class _Wide(Table):
+    "A table whose text is not folded: its first column is as long as a claim"
+    _full = (*Table._full[:-1], 400)
+
 def claims(paper: str  # sise, ada_sise, integrated_gradcam, edda or excon
            ) -> pd.DataFrame:
     "Every claim with its verdict per setting"
@@ -152,7 +174,7 @@ def claims(paper: str  # sise, ada_sise, integrated_gradcam, edda or excon
             lines.append(("", f"{setting} ({here[0][1]})", ", ".join(f"{v} {k}" for k, v in sorted(counts.items())),
                           _numbers({r["n"] for r, _ in here}), overall(counts)))
     names, *columns = zip(*lines, strict=True)
-    return Table(dict(zip(("setting", "comparisons", "n", "verdict"), columns, strict=True)), index=pd.Index(names, name="claim"))
+    return _Wide(dict(zip(("setting", "comparisons", "n", "verdict"), columns, strict=True)), index=pd.Index(names, name="claim"))
 
 def _numbers(found):
     "One number, or the range of several"
@@ -161,18 +183,25 @@ def _numbers(found):
 # %% ../nbs/02a_verdicts.ipynb #1981cc85
 MARKS = {"supported": "+", "contradicted": "-", "inconclusive": "0"}
 
+def _cell(r):
+    "Verdict, difference, interval, and the win rate where it was stored"
+    decimals = min(max(1 - math.floor(math.log10(max(r["interval"][1] - r["interval"][0], 1e-6))), 0), 3)
+    low, high = (f"{end:.{decimals}f}" for end in r["interval"])
+    wins = ", wins {:.0f} : {:.0f}".format(*(100 * share for share in r["wins"])) if "wins" in r else ""
+    return f"{MARKS[_judged(r)]}  {r['value']:.{decimals}f} [{low}, {high}]{wins}"
+
 def comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
                 claim: int,  # its number in `CLAIMS`
+                metrics: list | None = None,  # as the table shows them; default: all
                 ) -> pd.DataFrame:
-    "The differences behind a claim: + supported, - contradicted, 0 inconclusive"
+    "The differences behind a claim: + supported, - contradicted, 0 inconclusive; wins a : b, better and worse in % of the images"
     lines = {}
     for r, profile in _comparisons(paper):
         config = r["config"]
-        if config["claim"] == claim:
-            decimals = min(max(1 - math.floor(math.log10(max(r["interval"][1] - r["interval"][0], 1e-6))), 0), 3)
-            low, high = (f"{end:.{decimals}f}" for end in r["interval"])
-            cell = f"{MARKS[_judged(r)]}  {r['value']:.{decimals}f} [{low}, {high}]"
-            lines.setdefault((f"{config['setting']} ({profile})", config["rival"]), {})[config["metric"]] = cell
+        if config["claim"] == claim and (metrics is None or config["metric"] in metrics):
+            lines.setdefault((f"{config['setting']} ({profile})", config["rival"]), {})[config["metric"]] = _cell(r)
+    settings = list(dict.fromkeys(setting for setting, _ in lines))
+    lines = dict(sorted(lines.items(), key=lambda line: settings.index(line[0][0])))
     table = Table.from_dict(lines, orient="index").fillna("") if lines else Table()
     table.index = pd.MultiIndex.from_tuples(lines, names=["setting", "against"]) if lines else table.index
     return table
@@ -200,7 +229,8 @@ def forest(paper: str,   # sise, ada_sise, integrated_gradcam, edda or excon
     rivals = list(dict.fromkeys(r["config"]["rival"] for r in stored if r["config"]["metric"] in names))
     settings = list(dict.fromkeys(r["config"]["setting"] for r in stored))
     with plt.rc_context(LOOK):
-        fig, axes = subplots(1, len(names), (7, 0.9 + 0.17 * len(rivals) * max(2, len(settings))), sharey=True, squeeze=False)
+        height = 0.9 + len(rivals) * max(0.34, 0.13 * len(settings))
+        fig, axes = subplots(1, len(names), (7, height), sharey=True, squeeze=False)
         for ax, name in zip(axes[0], names, strict=True):
             panel = [r for r in stored if r["config"]["metric"] == name]
             for r in panel:

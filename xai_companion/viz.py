@@ -359,9 +359,10 @@ def reliability_diagram(confidence,      # (N,) largest probability of each pred
         top.bar(centre[used], (mean - accuracy)[used], width, accuracy[used], color="none", edgecolor=RED, hatch="////",
                 label="gap to confidence")
         top.plot([0, 1], [0, 1], color=BLACK, lw=1, ls="--", label="calibrated")
-        top.set(ylim=(0, 1), ylabel="accuracy", title=title)
-        top.legend(loc="upper left", frameon=False, title=f"ECE {100 * (share * abs(accuracy - mean)).sum():.1f} %",
-                   alignment="left")
+        top.set(ylim=(0, 1), ylabel="accuracy")
+        top.set_title(title, loc="left")
+        top.set_title(f"ECE {100 * (share * abs(accuracy - mean)).sum():.1f} %", loc="right")
+        fig.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=1.2, columnspacing=1)
         low.bar(centre, 100 * share, width, color=NAVY)
         low.set(xlim=(0, 1), xlabel="confidence", ylabel="predictions (%)")
     return fig

@@ -45,7 +45,7 @@ def _read_runs(table: Path) -> dict[str, dict[int, str]]:
 
 def cut_patches(name: str,        # of the image; it decides which patch without defect is kept
                 runs: dict,       # run lengths by kind of defect, 1 to 4
-                clean: str = "one"  # patches without defect: "one" or "all"
+                clean: str = "one"  # patches without defect: "none", "one" or "all"
                 ) -> list[tuple[int, int]]:  # left edge and class of each patch
     "The patches of a strip of steel"
     columns = np.zeros((5, 1600), dtype=int)  # pixels of each kind in each column
@@ -54,8 +54,9 @@ def cut_patches(name: str,        # of the image; it decides which patch without
     pixels = {left: columns[:, left:left + 256].sum(1) for left in range(0, 1345, 224)}
     found = [(left, int(count.argmax()) if count.any() else 0) for left, count in pixels.items()]
     free = [patch for patch in found if not patch[1]]
-    kept = free if clean == "all" or not free else [free[zlib.crc32(name.encode()) // 5 % len(free)]]
-    return [patch for patch in found if patch[1] or patch in kept]
+    if clean == "one" and free:
+        free = [free[zlib.crc32(name.encode()) // 5 % len(free)]]
+    return [patch for patch in found if patch[1] or (clean != "none" and patch in free)]
 
 def _cut(item: Item, label: int, runs: dict, classes: list[str]) -> Item:
     "The patch of a strip that its name tells, with its masks"
@@ -79,10 +80,10 @@ class Severstal(Reader):
                  split: str | None = None,  # "train" or "val", our split; default: "val"
                  size: int | None = None,   # scale patches to this many pixels per side; None keeps 256
                  crop: bool = False,        # with `size`: cut the central square of a patch
-                 clean: str = "one",        # patches without defect: "one" of each image, or "all"
+                 clean: str = "one",        # patches without defect: "none", "one" of each image, or "all"
                  ):
-        if clean not in ("one", "all"):
-            raise ValueError(f"clean is 'one' or 'all', got {clean!r}")
+        if clean not in ("none", "one", "all"):
+            raise ValueError(f"clean is 'none', 'one' or 'all', got {clean!r}")
         self.clean = clean
         super().__init__(folder, split, size, crop)
 
