@@ -126,7 +126,7 @@ def test_records_without_a_win_rate_are_shown(quick):
 
 
 @pytest.mark.parametrize("call, words", [
-    (("sise", 9, "here", "EBPG", {"a": [1, 2]}, ABOVE), "no claim 9"), (("excon", 1, "here", "EBPG", {"a": [1, 2]}, ABOVE), "no claim 1"),
+    (("sise", 9, "here", "EBPG", {"a": [1, 2]}, ABOVE), "no claim 9"), (("excon", 7, "here", "EBPG", {"a": [1, 2]}, ABOVE), "no claim 7"),
     (("sise", 1, "here", "EBPG", {"a": [1]}, ABOVE), "two or more"), (("sise", 1, "here", "EBPG", {"a": [1, np.nan]}, ABOVE), "a has none"),
     (("sise", 1, "here", "EBPG", {}, ABOVE), "every rival")])
 def test_bad_comparisons(quick, call, words):

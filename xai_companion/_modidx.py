@@ -1632,6 +1632,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'xai_companion.verdicts': { 'xai_companion.verdicts._Wide': ('verdicts.html#_wide', 'xai_companion/verdicts.py'),
                                         'xai_companion.verdicts._cell': ('verdicts.html#_cell', 'xai_companion/verdicts.py'),
                                         'xai_companion.verdicts._comparisons': ('verdicts.html#_comparisons', 'xai_companion/verdicts.py'),
+                                        'xai_companion.verdicts._interval': ('verdicts.html#_interval', 'xai_companion/verdicts.py'),
                                         'xai_companion.verdicts._judged': ('verdicts.html#_judged', 'xai_companion/verdicts.py'),
                                         'xai_companion.verdicts._nearest_bound': ( 'verdicts.html#_nearest_bound',
                                                                                    'xai_companion/verdicts.py'),

@@ -101,6 +101,14 @@ CLAIMS = {
     },
 }
 
+# %% ../nbs/02a_verdicts.ipynb #c397d681
+def _interval(values, level, unit):
+    "Mean and t interval; where all values are 0 points, the interval of the rule of three"
+    if unit == "points" and not values.any():
+        half = -100 * math.log(1 - level) / len(values)
+        return 0.0, -half, half
+    return mean_interval(values, level)
+
 # %% ../nbs/02a_verdicts.ipynb #6d30bd1f
 def _nearest_bound(mean, claimed):
     "The bound of the claimed range that the mean is nearest to"
@@ -133,7 +141,7 @@ def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, e
     levels = holm_levels([paired_p(d - _nearest_bound(d.mean(), claimed)) for d in arrays.values()])
     made = []
     for (name, values), level in zip(arrays.items(), levels, strict=True):
-        mean, *ends = mean_interval(values, level)
+        mean, *ends = _interval(values, level, unit)
         config = {"row": f"claim {claim}: {metric}, {name}", "claim": claim, "setting": setting, "metric": metric, "rival": name,
                   "claimed": list(claimed), **about}
         made.append(record(config, value=mean, n=len(values), interval=tuple(ends), unit=unit, **kept) | _wins(values, claimed))
