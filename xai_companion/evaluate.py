@@ -13,7 +13,6 @@ import time
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/50_evaluate.ipynb #7137e120
 from . import __version__
-from .core import progress
+from .core import processes, progress
 from .data.items import ImageSet, resized
 from .explain import Explainer
 from .explain.base import check_counts
@@ -184,15 +183,6 @@ def predictions(model: nn.Module, units: Units, score: str) -> list[dict]:
     return [{"predicted": p, "probability": s} for p, s in zip(logits.argmax(1).tolist(), scores.tolist(), strict=True)]
 
 # %% ../nbs/50_evaluate.ipynb #3c645e57
-def _processes(folder):
-    "Rank and number of processes; several need a folder to meet in"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and folder is None:
-        raise ValueError("several processes meet in a folder: give folder=..., which all of them can write to")
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=2))
-    return rank, world
-
 def _name(positions):
     "How the ledger calls a batch: which positions of the order it holds"
     return f"{positions.start}:{positions.stop}"
@@ -229,7 +219,9 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
         raise ValueError(f"budget must be above 0 seconds, got {budget}")
     check_score(score)
     folder = None if folder is None else Path(folder)
-    rank, world = _processes(folder)
+    if folder is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes meet in a folder: give folder=..., which all of them can write to")
+    rank, world = processes()
     if n is not None and n > len(data) and rank == 0:
         warnings.warn(f"n={n}, but {data.name} {data.split} has {len(data)} images: all of them are taken", stacklevel=2)
     order = seeded_order(len(data), n, seed)

@@ -243,7 +243,8 @@ def store_rows(frame: pd.DataFrame,  # from `run_rows`
             if name in line and line[name] == line[name]:
                 entry = {"row": line["row"], "metric": SCORES[name].label, **config}
                 made.append(record(entry, value=line[name], unit=SCORES[name].unit, n=len(lab.labels), seed=int(line["seed"]),
-                                   seconds=line["seconds"] if name == scores[0] else None, data=lab.fingerprint, dtype=dtype))
+                                   seconds=line["seconds"] if name == scores[0] else None, data=lab.fingerprint, dtype=dtype,
+                                   device=lab.images.device))
     save(paper, table, made)
 
 def claim_better(frame: pd.DataFrame,  # from `run_rows`
@@ -262,4 +263,4 @@ def claim_better(frame: pd.DataFrame,  # from `run_rows`
         if all(len(gap) > 1 for gap in gaps.values()):
             claimed = (0, None) if SCORES[name].better == "high" else (None, 0)
             save_comparisons(paper, claim, setting, SCORES[name].label, gaps, claimed,
-                             "points" if SCORES[name].unit == "%" else "", data=lab.fingerprint)
+                             "points" if SCORES[name].unit == "%" else "", data=lab.fingerprint, device=lab.images.device)

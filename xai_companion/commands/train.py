@@ -18,7 +18,6 @@ from torch import nn
 from ..core import pick_device, seeded, settings
 from ..data.items import ImageSet
 from ..data.augment import AUGMENTATIONS
-from ..evaluate import model_fingerprint
 from ..hooks import classifier_of, unwrapped
 from ..models import load_model
 from ..train.published import PUBLISHED
@@ -181,6 +180,7 @@ def _trained(args, config, data):
 
 def run_train(args) -> int:
     "xai-companion train"
+    from xai_companion.evaluate import model_fingerprint
     from xai_companion.train.files import learning_curves
     from xai_companion.train.loop import loss_and_accuracy, save_weights
     first = _config(args)

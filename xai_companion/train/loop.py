@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/43_train.loop.ipynb #711a0af1
-from ..core import pick_device, progress, seeded
+from ..core import pick_device, processes, progress, seeded
 from ..data.items import ImageSet
 from ..data.loader import Resident, Streamed, epoch_order, subseed
 from ..hooks import classifier_of, evaluating
@@ -26,7 +26,7 @@ from ..masking import _is_out_of_memory
 from ..models import SMALL, load_model
 from .checkpoint import restore_run, save_run, save_weights
 from .files import COLUMNS
-from .processes import average_gradients, processes, share_buffers
+from .processes import average_gradients, share_buffers
 from .recipes import Batch, Config, Moment, get_recipe
 from .tensors import check_data, check_fits, check_trainable, to_tensors
 

@@ -15,21 +15,11 @@ from torch.nn import functional as F
 # %% ../../nbs/40_train.occlusion.ipynb #19a3ae58
 from ..explain import get_explainer
 from ..explain.base import check_counts
-from ..hooks import find_layers
+from ..hooks import find_layers, plain_module
 from ..masking import hidden, normalize_map
 from ..metrics.localization import check_maps, top_pixels
 
 # %% ../../nbs/40_train.occlusion.ipynb #52bb071e
-def _own(model: nn.Module) -> nn.Module:
-    "The network inside wrappers of data parallelism and compilation"
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
 class CurrentMaps:
     "Makes maps of a network that is being trained; made once, called at every step"
     def __init__(self,
@@ -41,7 +31,7 @@ class CurrentMaps:
         kind = get_explainer(method)
         if signed and "relu" not in inspect.signature(kind).parameters:
             raise ValueError(f"{method!r} has no ReLU to leave out: use signed=True with Grad-CAM and its relatives")
-        self.explainer = kind(_own(model), **options, **({"relu": False} if signed else {}))
+        self.explainer = kind(plain_module(model), **options, **({"relu": False} if signed else {}))
 
     def __call__(self,
                  images: Tensor,  # (N, C, H, W) in [0, 1]
