@@ -34,7 +34,7 @@ GROUPS = {  # sections of the library: first characters of the notebooks' names,
     "Training": ("4", "Training with explanations: augmentations, losses, recipes and the loop."),
     "Tools": ("56789", "Evaluation of explainers over a data set, reports and the command line."),
 }
-FOLDERS = {"papers": "Papers", "tutorials": "Tutorials"}
+FOLDERS = {"papers": "Papers", "guide": "Guide", "tutorials": "Tutorials"}
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
 

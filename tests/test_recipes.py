@@ -1,5 +1,6 @@
 """The recipes in the loop: every one trains, resumes with the same bits, leaves no trace of its explanations, and agrees over processes."""
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -45,7 +46,8 @@ def net(classes=4, seed=0):
 
 def config(name, **changes):
     options = {"start": 0.5, "fill": "black"} if name in EXPLAINING else {}
-    return Config(recipe=name, model="own", size=16, epochs=2, batch=16, lr=0.05, options=options | changes.pop("options", {}), **changes)
+    return Config(**{"recipe": name, "model": "own", "size": 16, "epochs": 2, "batch": 16, "lr": 0.05,
+                     "options": options | changes.pop("options", {}), **changes})
 
 
 def same(a, b):
@@ -326,6 +328,22 @@ def test_two_processes_take_the_steps_of_one(tmp_path, name):
 
 
 # ------------------------------------------------------------------ the papers' schedules
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("name", ["ce", "edda", "exconb"])
+def test_compiled_takes_the_same_steps(name):
+    images, labels = toy()
+    settings = config(name, model="plain_cnn", seen=16)  # later steps would blow up the rounding
+    plain = fit(settings, (images, labels))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = fit(settings, (images, labels), compiled=True)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert not any(module._compiled_call_impl for module in run.model.modules())
+    for a, b in zip(plain.model.parameters(), run.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["exconb_cifar100", "supcon_tiny_imagenet", "edda_resnet18_svhn"])

@@ -110,6 +110,7 @@ def add_train(commands):
     p.add_argument("--root", help="where the files of the data set are (default: below the data root)")
     p.add_argument("--workers", type=int, metavar="N", help="read the training images batch by batch with N processes, for sets "
                    "larger than the memory (default: read all at once)")
+    p.add_argument("--compile", action="store_true", help="compile the network with torch.compile; pays in long runs on a GPU")
     p.add_argument("--images", type=int, metavar="N", help="take so many training images (default: all)")
     p.add_argument("--config", choices=sorted(PUBLISHED), metavar="NAME", help="a schedule of a paper, see train.published; "
                    "the other options change it")
@@ -176,7 +177,7 @@ def _trained(args, config, data):
     counts = data["count"], len(data["val"][1]), len(data["classes"])
     print("{} training and {} validation images, {} classes; {}".format(*counts, folder))
     return folder, fit(config, data["train"], data["val"], model, data["classes"], folder, args.device, not args.fresh,
-                       workers=args.workers)
+                       workers=args.workers, compiled=args.compile)
 
 def run_train(args) -> int:
     "xai-companion train"
