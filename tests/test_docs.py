@@ -107,6 +107,12 @@ def test_every_notebook_has_a_page_and_can_be_downloaded(site, pages):
         assert (site / "_sources" / path).read_bytes() == (NBS / path).read_bytes(), f"{path} differs"
 
 
+def test_live_examples(site, pages):
+    for page, example in (("guide/gallery", "gallery"), ("tutorials/audit_your_classifier", "audit")):
+        assert f"../examples/{example}.html" in pages[(site / f"{page}.html").resolve()].links
+        assert (site / "examples" / f"{example}.html").stat().st_size > 100_000
+
+
 def test_search_finds_functions(site):
     index = (site / "searchindex.js").read_text(encoding="utf-8")
     data = json.loads(re.fullmatch(r"Search\.setIndex\((.*)\)", index, re.S)[1])
@@ -128,6 +134,6 @@ def test_sidebar_is_readable(site):
     text = (site / "index.html").read_text(encoding="utf-8")
     sidebar = re.search(r'<nav class="bd-links.*?</nav>', text, re.S)[0]
     captions = re.findall(r'class="caption-text">([^<]+)<', sidebar)
-    assert captions[:2] == ["Start", "Library"] and set(captions) <= {"Start", "Library", "Papers", "Tutorials"}
+    assert captions[:2] == ["Start", "Library"] and set(captions) <= {"Start", "Library", "Papers", "Guide", "Tutorials"}
     titles = [title.strip() for title in re.findall(r'<a class="[^"]*" href="[^"]*">\s*([^<]+)<', sidebar)]
     assert [title for title in titles if re.match(r"\d|.*(_|\.ipynb)", title)] == []

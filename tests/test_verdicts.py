@@ -1,11 +1,26 @@
 """Paired tests, Holm's levels and verdicts against their definitions; the table of claims from files."""
 import json
+import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from xai_companion.records import mean_interval
+from xai_companion.overview import (
+    PLACES,
+    LinkedTable,
+    claim_details,
+    claims_figure,
+    claims_overview,
+    clarity,
+    place,
+    plain_answer,
+    settings_overview,
+    unit_of,
+)
+from xai_companion.records import mean_interval, record
 from xai_companion.results import load
 from xai_companion.verdicts import (
     ABOVE,
@@ -18,6 +33,7 @@ from xai_companion.verdicts import (
     overall,
     paired_p,
     save_comparisons,
+    stored_comparisons,
     verdict,
     within,
 )
@@ -132,3 +148,107 @@ def test_records_without_a_win_rate_are_shown(quick):
 def test_bad_comparisons(quick, call, words):
     with pytest.raises(ValueError, match=words):
         save_comparisons(*call)
+
+
+# ---- the overview of all claims ------------------------------------------------------------------------------------
+PAPERS = Path(__file__).resolve().parent.parent / "nbs" / "papers"
+
+
+@pytest.mark.parametrize("paper", CLAIMS)
+def test_every_claim_has_a_section_on_its_page(paper):
+    page, sections = PLACES[paper]
+    cells = json.loads((PAPERS / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"]
+    lines = [line for cell in cells if cell["cell_type"] == "markdown" for line in "".join(cell["source"]).splitlines()]
+    anchors = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in lines if line.startswith("#")}
+    assert sections.keys() == CLAIMS[paper].keys() and set(sections.values()) <= anchors
+    assert place(paper, 1) == f"../papers/{page}.ipynb#{sections[1]}"
+
+
+@pytest.fixture
+def three_settings(quick):
+    "Claim 1 of SISE in two settings and claim 1 of ExCon in one: every interval is at its level by hand"
+    spread = np.array([-1.0, 1.0] * 8)  # mean 0; the half-width of a 95 % interval over 16 is 2.131 * 1.033 / 4 = 0.550
+    save_comparisons("sise", 1, "A", "EBPG", {"far": 5 + spread}, ABOVE, data="set a")
+    save_comparisons("sise", 1, "A", "Drop", {"near": 0.1 + spread}, BELOW, data="set a")
+    save_comparisons("sise", 1, "A", "Bbox", {"against": -2 + spread}, (-1, None), data="set a")
+    save_comparisons("sise", 1, "B", "EBPG", {"far": 4 + spread[:4]}, ABOVE, data="set b")
+    save_comparisons("sise", 2, "B", "time, % of RISE", {"RISE": 50 + spread}, (0, 100), "% of the time", data="set b")
+    save_comparisons("excon", 1, "C", "Accuracy", {"SupCon": [1.0, 1.1, 0.9]}, ABOVE, data="set c")
+    return quick
+
+
+def test_overview(three_settings):
+    table = claims_overview()
+    assert list(table.index[:2]) == ["SISE 1", "SISE 2"] and len(table) == sum(map(len, CLAIMS.values()))
+    assert list(table.loc["SISE 1"])[:3] == ["mixed", "1 supported, 1 mixed", "2 for, 1 open, 1 against"]
+    assert list(table.loc["ExCon 1"]) == ["supported", "1 supported", "1 for", CLAIMS["excon"][1]]
+    assert list(table.loc["EDDA 2"])[:3] == ["not tested", "-", "-"]
+    assert claims_overview("../papers").index[0] == "[SISE 1](../papers/01_sise.ipynb#quality-claim-1)"
+    assert claims_overview(root=three_settings / "reports").equals(table)
+    assert set(claims_overview(root=three_settings / "nowhere").verdict) == {"not tested"}
+    assert str(table).splitlines()[1].startswith("SISE 1  ") and CLAIMS["edda"][2] in str(table)
+
+
+def test_details(three_settings):
+    table = claim_details("sise")
+    line = table[table.setting == "A (quick)"].iloc[0]
+    assert line.verdict == "mixed: 1 for, 1 open, 1 against" and line.n == "16 images"
+    assert line["clearest for"] == "EBPG against far: 5.0 [4.4, 5.6] (+)"
+    assert line["clearest against"] == "Bbox against against: -2.0 [-2.6, -1.4] (-)"
+    assert table[table.setting == "B (quick)"].n.tolist() == ["4 images", "16 batches"]
+    assert table.iloc[2]["clearest for"] == "time, % of RISE: 50.0 [49.4, 50.6] (+)" and table.iloc[2]["clearest against"] == "-"
+    assert list(table.loc["SISE 3"]) == ["-", "not tested", "-", "-", "-"]
+    assert claim_details("excon").n.iloc[0] == "3 seeds"
+
+
+def test_clarity_is_the_distance_from_the_bound():
+    def of(value, half, claimed):
+        return clarity({"value": value, "interval": [value - half, value + half], "config": {"claimed": claimed}})
+    assert of(3, 1, [0, None]) == 3 and of(3, 1, [None, 0]) == -3 and of(-1, 2, [-2, None]) == 0.5 and of(1, 1, [-2, 2]) == 1
+    assert of(0, 0, [0, None]) == 0 and of(1, 0, [0, None]) == math.inf and of(1, 0, [None, 0]) == -math.inf
+
+
+def test_clarity_above_one_is_decided(three_settings):
+    for r in (r for paper in CLAIMS for r, _ in stored_comparisons(paper)):
+        expected = {True: "supported", False: "contradicted"}[clarity(r) > 0] if abs(clarity(r)) > 1 else "inconclusive"
+        assert verdict(r["interval"], r["config"]["claimed"]) == expected
+
+
+def test_units():
+    assert unit_of("edda", {"unit": "points"}) == unit_of("excon", {"unit": ""}) == "seeds"
+    assert unit_of("sise", {"unit": "points"}) == "images" and unit_of("ada_sise", {"unit": "% of the time"}) == "batches"
+
+
+def test_settings(three_settings):
+    table = settings_overview()
+    assert list(table.index) == ["A (quick)", "B (quick)", "C (quick)"] and list(table["data"]) == ["set a", "set b", "set c"]
+    assert list(table["n at most"]) == ["16 images", "4 images", "3 seeds"] and table.papers.iloc[2] == "ExCon"
+    assert settings_overview(three_settings / "nowhere").empty
+
+
+def test_plain_answer(three_settings):
+    own = [r for r, _ in stored_comparisons("sise") if r["config"]["setting"] == "A"]
+    table = plain_answer("sise", own)
+    assert table.answer.tolist() == ["1 better, 1 worse, 1 cannot be told", "better", "cannot be told", "worse"]
+    assert table.difference.tolist()[1] == "5.0 [4.4, 5.6]" and table.n.iloc[0] == "16 images"
+    gap = record({"metric": "ECE", "setting": "C", "claimed": [None, 0]}, value=-2, n=5, interval=(-3, -1))
+    assert plain_answer("excon", [gap]).answer.tolist() == ["1 better", "better"]
+    empty = plain_answer("edda", [])
+    assert list(empty.index) == ["EDDA"] and "no stored records yet" in empty.answer.iloc[0]
+
+
+def test_figure(three_settings):
+    ax = claims_figure().axes[0]
+    assert [round(bar.get_width()) for bar in ax.patches[:3]] == [50, 25, 25]
+    texts = [text.get_text() for text in ax.texts]
+    assert texts[:4] == ["2", "1", "1", "1"] and texts.count("not tested") == sum(map(len, CLAIMS.values())) - 3
+    assert all("not tested" == text.get_text() for text in claims_figure(three_settings / "nowhere").axes[0].texts)
+
+
+def test_linked_table():
+    import pandas as pd
+
+    table = LinkedTable({"a": ["x", "long text"]}, index=pd.Index(["first", "2"], name="name"))
+    assert table._repr_markdown_() == "| name | a |\n| --- | --- |\n| first | x |\n| 2 | long text |"
+    assert str(table) == "name   a\nfirst  x\n2      long text" and table._repr_html_ is None
+    assert isinstance(table.iloc[:1], LinkedTable)

@@ -130,7 +130,7 @@ def run_reproduce(args) -> int:
     from xai_companion.reproduce import reproduce
     if args.profile:
         os.environ["XAI_COMPANION_PROFILE"] = args.profile
-    return reproduce(args.papers or None, record=args.record)
+    return reproduce(args.papers or None, args.record, args.minutes, args.check)
 
 def add_reproduce(commands):
     "The arguments of `reproduce`"
@@ -138,6 +138,8 @@ def add_reproduce(commands):
     p.add_argument("papers", nargs="*", metavar="PAPER", help="such as integrated_gradcam (default: all)")
     p.add_argument("--profile", choices=list(PROFILES), help="size of the run (default: the one in settings.ini)")
     p.add_argument("--record", action="store_true", help="store the numbers in results/")
+    p.add_argument("--minutes", type=float, metavar="M", help="a time box for the steps of long profiles; 0 prints the plan only")
+    p.add_argument("--check", action="store_true", help="run a sample of the papers, and fail when a row does not agree")
     p.set_defaults(run=run_reproduce)
 
 def run_bench(args) -> int:

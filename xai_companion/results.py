@@ -147,8 +147,9 @@ def _mean_square(r):
     low, high = r["interval"]
     return r["value"] ** 2 + (r["n"] - 1) * ((high - low) / 2 / t_quantile(max(r["n"] - 1, 1))) ** 2
 
-def agrees(fresh: list | dict,  # a recomputed row: one record, or one per seed
-           stored: list | dict  # the stored records of the same row and profile
+def agrees(fresh: list | dict,   # a recomputed row: one record, or one per seed
+           stored: list | dict,  # the stored records of the same row and profile
+           seeds: list = (),     # of the same row with several seeds, of another profile: where one is stored, they tell the spread
            ) -> bool | None:
     "Is every fresh value inside the 95 % prediction interval of the stored ones? None: it cannot be said"
     fresh, stored = ([r] if isinstance(r, dict) else r for r in (fresh, stored))
@@ -162,8 +163,9 @@ def agrees(fresh: list | dict,  # a recomputed row: one record, or one per seed
     gpu = not all(r["provenance"]["hardware"].endswith("cores") for r in [*fresh, *stored])
     size = np.sqrt(np.mean([_mean_square(r) for r in stored]))
     allowed = TOLERANCE["cuda" if gpu else "cpu"] * size + 1e-6
-    if len(values) > 1:
-        allowed = max(allowed, t_quantile(len(values) - 1) * values.std(ddof=1) * math.sqrt(1 + 1 / len(values)))
+    spread = values if len(values) > 1 else np.array([r["value"] for r in seeds])
+    if len(spread) > 1:
+        allowed = max(allowed, t_quantile(len(spread) - 1) * spread.std(ddof=1) * math.sqrt(1 + 1 / len(values)))
     return bool(all(abs(r["value"] - values.mean()) <= allowed for r in fresh))
 
 # %% ../nbs/02_results.ipynb #8e92dff2
@@ -291,12 +293,14 @@ def compare(paper: str,              # sise, ada_sise, integrated_gradcam, edda,
     "This run's rows beside the stored ones of the same profile, and whether they agree"
     profile = profile or settings().profile
     fresh = _rows(load(paper, table, settings().reports).get(profile, []))
-    before = _rows(load(paper, table).get(profile, []) if stored is None else stored)
+    kept = load(paper, table)
+    before = _rows(kept.get(profile, []) if stored is None else stored)
     if not fresh:
         return Table(columns=["this run", "stored", "agrees"])
+    several = {key: rows for other, records in kept.items() if other != profile for key, rows in _rows(records).items() if len(rows) > 2}
     body = {"this run": [_cell(rows) for rows in fresh.values()],
             "stored": [_cell(before[key]) if key in before else "-" for key in fresh],
-            "agrees": [ANSWER[agrees(rows, before.get(key, []))] for key, rows in fresh.items()]}
+            "agrees": [ANSWER[agrees(rows, before.get(key, []), several.get(key, []))] for key, rows in fresh.items()]}
     return Table(body, index=_labels([rows[0]["config"] for rows in fresh.values()]))
 
 # %% ../nbs/02_results.ipynb #e85506eb

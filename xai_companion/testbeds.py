@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOCALIZATION', 'MASKED', 'CURVES', 'HALF_AN_HOUR', 'TRAIN_ELPV', 'TESTBEDS', 'OF_PROFILE', 'SECONDS', 'PAPER_METRICS',
-           'Testbed', 'Restricted', 'testbeds', 'methods', 'Run', 'run_testbeds']
+           'Testbed', 'Restricted', 'testbeds', 'methods', 'Run', 'run_testbeds', 'testbed_steps']
 
 # %% ../nbs/51_testbeds.ipynb #486b86fc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +25,7 @@ from .explain import (RISE, SISE, AdaSISE, ExtremalPerturbation, FullGrad, GradC
 from .metrics import METRICS, Metric
 from .models import load_model
 from .results import save_row
+from .steps import Step
 from .verdicts import save_comparisons
 
 # %% ../nbs/51_testbeds.ipynb #2e17b9c7
@@ -94,6 +96,16 @@ def _lite0(title, name, metrics, model, images):
     return Testbed(f"EfficientNet-Lite0, {title}", model, lambda: load_dataset(name), size=224, metrics=metrics,
                    dtype=torch.bfloat16, cpu=(images, HALF_AN_HOUR))
 
+# %% ../nbs/51_testbeds.ipynb #cbfc9bb6
+def _of_excon(device, data):
+    "The ResNet-18 that ExCon's page has trained on these classes"
+    for file in (settings().reports / "train").glob(f"ce-resnet18-{data.name}-*/model.pt"):
+        model = load_model("resnet18", weights=file, device=device)
+        if model.classes == data.classes:
+            return model
+    raise FileNotFoundError(f"no ResNet-18 in {settings().reports / 'train'} that was trained on all classes of {data.name}: "
+                            "`xai-companion reproduce excon --profile gpu` trains it")
+
 # %% ../nbs/51_testbeds.ipynb #cc433e3a
 def _checkpoint(name, file, remedy=""):
     "A function that gives torchvision's network `name` with weights from the data root"
@@ -124,6 +136,8 @@ TESTBEDS = {
     "residual": _small("residual_cnn"),
     "imagenet": _lite0("ImageNet samples", "imagenet_samples", MASKED + CURVES, lambda device, data: load_model(device=device), 200),
     "tiny": _lite0("Tiny ImageNet", "tiny_imagenet", LOCALIZATION + MASKED, _tiny_model, 250),
+    "tiny_resnet18": Testbed("ResNet-18, Tiny ImageNet at 64 pixels", _of_excon, lambda: load_dataset("tiny_imagenet"), size=64, batch=50,
+                             dtype=torch.bfloat16),
     "elpv_resnet18": _elpv(),
     **{f"{name}_{network}": _published(network, title, name, split, score)
        for name, title, split, score in (("voc2007", "VOC 2007 test", "test", "sigmoid"), ("coco2014", "COCO 2014 val", "val", "sigmoid"))
@@ -131,7 +145,7 @@ TESTBEDS = {
     "severstal_resnet101": _published("resnet101", "Severstal", "severstal", "val", "softmax", clean="none"),
 }
 OF_PROFILE = {"smoke": ("plain",), "quick": ("plain", "residual"), "cpu": ("plain", "residual", "imagenet", "tiny", "elpv_resnet18"),
-              "gpu": ("plain", "residual", "imagenet", "tiny", "elpv_resnet18"),
+              "gpu": ("tiny_resnet18", "plain", "residual", "imagenet", "tiny", "elpv_resnet18"),
               "paper": ("voc2007_vgg16", "voc2007_resnet50", "coco2014_vgg16", "coco2014_resnet50", "severstal_resnet101")}
 
 def testbeds(device="cpu") -> dict:  # by name: testbed, network and data
@@ -235,6 +249,14 @@ class Run:
             self.claim(paper, number, METRICS[metric].label, differences(self.frame, ours, rivals, metric), claimed)
 
 # %% ../nbs/51_testbeds.ipynb #6dca0917
+def _evaluated(bed, network, data, explainers, n, budget, device, metrics):
+    "The rows of `evaluate` on a testbed, and how many images a batch has"
+    images, seconds = bed.limits(min(n, len(data)), budget)
+    batch = min(bed.batch, max(1, images // 4))
+    folder = by_profile(smoke=None, quick=None, cpu=settings().reports / "evaluate")
+    return batch, evaluate(explainers, data, metrics or bed.metrics, n=images, size=bed.size, batch=batch, budget=seconds,
+                           folder=folder, device=str(device), score=bed.score, dtype=bed.dtype)
+
 def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explainers of a network, by the name that tables show
                  n: int,                # images per testbed, as far as its limits and the set allow
                  budget: float | None = None,  # seconds per explainer, where the testbed has no limit of its own
@@ -242,15 +264,27 @@ def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explai
                  metrics=None,          # names in `METRICS`; default: the testbed's
                  ) -> list[Run]:
     "Evaluate on every testbed of the current profile that is present; from the cpu profile on it goes on where it stopped"
-    folder = by_profile(smoke=None, quick=None, cpu=settings().reports / "evaluate")
     runs = []
     for name, (bed, network, data) in testbeds(device).items():
-        images, seconds = bed.limits(min(n, len(data)), budget)
-        batch = min(bed.batch, max(1, images // 4))
-        frame = evaluate(explainers(network, bed), data, metrics or bed.metrics, n=images, size=bed.size, batch=batch,
-                         budget=seconds, folder=folder, device=str(device), score=bed.score, dtype=bed.dtype)
+        batch, frame = _evaluated(bed, network, data, explainers(network, bed), n, budget, device, metrics)
         counts, units = frame.groupby("explainer", sort=False).position.nunique(), frame.drop_duplicates(["position", "label"])
         print(f"{bed.title}: {counts.max()} images" + (f", {counts.min()} for the slowest" if counts.min() < counts.max() else "")
               + f"; the class that is explained is the predicted one in {(units.predicted == units.label).mean():.0%}")
         runs.append(Run(name, bed, frame, tuple(metrics or bed.metrics), batch, data.fingerprint, str(device)))
     return runs
+
+# %% ../nbs/51_testbeds.ipynb #0f5ba16d
+def testbed_steps(explainers: Callable[[nn.Module, Testbed], dict],  # the arguments of `run_testbeds`
+                  n: int,
+                  budget: float | None = None,
+                  device="cpu",
+                  metrics=None,
+                  seconds: float = 60,  # per explainer where there is no budget: an estimate
+                  ) -> list[Step]:
+    "What `run_testbeds` does, as steps"
+    steps = []
+    for bed, network, data in testbeds(device).values() if settings().profile not in ("smoke", "quick") else ():
+        for label, explainer in explainers(network, bed).items():
+            work = partial(_evaluated, bed, network, data, {label: explainer}, n, budget, device, metrics)
+            steps.append(Step(f"{bed.title}: {label}", bed.limits(n, budget)[1] or seconds, work))
+    return steps

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ABOVE', 'BELOW', 'CLAIMS', 'MARKS', 'SETTING_STYLES', 'paired_p', 'holm_levels', 'within', 'verdict', 'overall',
-           'save_comparisons', 'claims', 'comparisons', 'forest']
+           'save_comparisons', 'stored_comparisons', 'judged', 'claims', 'difference_text', 'comparisons', 'forest']
 
 # %% ../nbs/02a_verdicts.ipynb #8afd6d4d
 import math
 from collections import Counter
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -148,10 +149,12 @@ def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, e
     return save(paper, "claims", made, same=("claim", "setting", "metric"))
 
 # %% ../nbs/02a_verdicts.ipynb #c0d35bab
-def _comparisons(paper):
-    "Stored comparisons, one per config: the largest profile's, as (config, record, profile)"
+def stored_comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
+                       root: Path | None = None  # folder of the papers; default: results/
+                       ) -> list:   # of (record, profile)
+    "The stored comparisons of a paper; where a setting was run in several profiles, those of the largest"
     found = {}
-    for profile, records in load(paper, "claims").items():
+    for profile, records in load(paper, "claims", root).items():
         for r in records:
             settled = {k: r["config"][k] for k in ("claim", "setting", "metric", "rival")}
             found[tuple(settled.values())] = (r, profile)
@@ -160,8 +163,9 @@ def _comparisons(paper):
         largest[claim, setting] = max(largest.get((claim, setting), profile), profile, key=list(PROFILES).index)
     return [(r, profile) for (claim, setting, *_), (r, profile) in found.items() if largest[claim, setting] == profile]
 
-def _judged(r):
-    "The verdict on one stored comparison"
+def judged(r: dict  # a stored comparison
+           ) -> str:
+    "The verdict on it: supported, contradicted or inconclusive"
     return verdict(r["interval"], r["config"]["claimed"])
 
 class _Wide(Table):
@@ -171,14 +175,14 @@ class _Wide(Table):
 def claims(paper: str  # sise, ada_sise, integrated_gradcam, edda or excon
            ) -> pd.DataFrame:
     "Every claim with its verdict per setting"
-    lines, stored = [], _comparisons(paper)
+    lines, stored = [], stored_comparisons(paper)
     for number, text in CLAIMS[paper].items():
         own = [(r, profile) for r, profile in stored if r["config"]["claim"] == number]
         settings = dict.fromkeys(r["config"]["setting"] for r, _ in own)
-        lines.append((f"{number}. {text}", "all settings" if settings else "", "", "", overall(_judged(r) for r, _ in own)))
+        lines.append((f"{number}. {text}", "all settings" if settings else "", "", "", overall(judged(r) for r, _ in own)))
         for setting in settings:
             here = [(r, profile) for r, profile in own if r["config"]["setting"] == setting]
-            counts = Counter(_judged(r) for r, _ in here)
+            counts = Counter(judged(r) for r, _ in here)
             lines.append(("", f"{setting} ({here[0][1]})", ", ".join(f"{v} {k}" for k, v in sorted(counts.items())),
                           _numbers({r["n"] for r, _ in here}), overall(counts)))
     names, *columns = zip(*lines, strict=True)
@@ -191,12 +195,17 @@ def _numbers(found):
 # %% ../nbs/02a_verdicts.ipynb #1981cc85
 MARKS = {"supported": "+", "contradicted": "-", "inconclusive": "0"}
 
-def _cell(r):
-    "Verdict, difference, interval, and the win rate where it was stored"
+def difference_text(r: dict  # a record with an interval
+                    ) -> str:
+    "A difference and its interval, with as many decimals as the interval allows"
     decimals = min(max(1 - math.floor(math.log10(max(r["interval"][1] - r["interval"][0], 1e-6))), 0), 3)
     low, high = (f"{end:.{decimals}f}" for end in r["interval"])
+    return f"{r['value']:.{decimals}f} [{low}, {high}]"
+
+def _cell(r):
+    "Verdict, difference, interval, and the win rate where it was stored"
     wins = ", wins {:.0f} : {:.0f}".format(*(100 * share for share in r["wins"])) if "wins" in r else ""
-    return f"{MARKS[_judged(r)]}  {r['value']:.{decimals}f} [{low}, {high}]{wins}"
+    return f"{MARKS[judged(r)]}  {difference_text(r)}{wins}"
 
 def comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
                 claim: int,  # its number in `CLAIMS`
@@ -204,7 +213,7 @@ def comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
                 ) -> pd.DataFrame:
     "The differences behind a claim: + supported, - contradicted, 0 inconclusive; wins a : b, better and worse in % of the images"
     lines = {}
-    for r, profile in _comparisons(paper):
+    for r, profile in stored_comparisons(paper):
         config = r["config"]
         if config["claim"] == claim and (metrics is None or config["metric"] in metrics):
             lines.setdefault((f"{config['setting']} ({profile})", config["rival"]), {})[config["metric"]] = _cell(r)
@@ -230,7 +239,7 @@ def forest(paper: str,   # sise, ada_sise, integrated_gradcam, edda or excon
            metrics: list | None = None,  # as the table shows them; default: all
            ):            # a Figure; None while nothing is stored
     "The differences behind a claim, with their intervals"
-    stored = [r for r, _ in _comparisons(paper) if r["config"]["claim"] == claim]
+    stored = [r for r, _ in stored_comparisons(paper) if r["config"]["claim"] == claim]
     names = [m for m in dict.fromkeys(r["config"]["metric"] for r in stored) if metrics is None or m in metrics]
     if not names:
         return None
@@ -246,7 +255,7 @@ def forest(paper: str,   # sise, ada_sise, integrated_gradcam, edda or excon
                 y = rivals.index(r["config"]["rival"]) + 0.7 * ((place + 0.5) / len(settings) - 0.5)
                 color, marker = SETTING_STYLES[place % len(SETTING_STYLES)]
                 ax.plot(r["interval"], [y, y], color=color, linewidth=1.2)
-                ax.plot(r["value"], y, marker=marker, markersize=4, color=color, mfc=color if _judged(r) == "supported" else "white")
+                ax.plot(r["value"], y, marker=marker, markersize=4, color=color, mfc=color if judged(r) == "supported" else "white")
             _shade(ax, panel[0]["config"]["claimed"], panel[0]["unit"])
             ax.set_title(name)
         axes[0, 0].set_yticks(range(len(rivals)), rivals)

@@ -24,10 +24,13 @@ class Published:
         "The same run, so short that it only shows that everything fits: one epoch of a small network"
         return replace(self.config, model="residual_cnn", epochs=1, batch=8, options=_without_layers(self.config.options))
 
-    def command(self, name: str  # of the entry
+    def command(self,
+                name: str,      # of the entry
+                gpus: int = 1,  # of one computer
                 ) -> str:
         "How to start it"
-        return f"xai-companion train --config {name} --device cuda --test"
+        several = f"torchrun --standalone --nproc-per-node {gpus} --no-python -- " if gpus > 1 else ""
+        return f"{several}xai-companion train --config {name} --device cuda --test"
 
 def _without_layers(options):
     "The options for another network"
