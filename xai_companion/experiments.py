@@ -28,7 +28,7 @@ from .data.synthetic import CLASSES, Synthetic
 from .evaluate import measure, seeded_order
 from .explain import get_explainer
 from .hooks import classifier_of, entering, evaluating
-from .metrics import METRICS, Metric, expected_calibration_error, negative_log_likelihood, temperature_scaling
+from .metrics import METRICS, Metric, expected_calibration_error, temperature_scaling
 from .metrics.robustness import attacked_logits, fgsm
 from .metrics.robustness import pgd as pgd_attack
 from .models import load_model
@@ -129,7 +129,7 @@ def _calibration(logits, labels, temperature):
             "ece": 100 * expected_calibration_error(before, labels).item(),
             "ece10": 100 * expected_calibration_error(before, labels, bins=10).item(),
             "ece_scaled": 100 * expected_calibration_error(after, labels).item(),
-            "nll": negative_log_likelihood(before, labels).item()}
+            "nll": nn.functional.cross_entropy(logits, labels).item()}  # of the logits: a probability may be 0 in float32
 
 def calibration_scores(model: nn.Module,
                        lab: Lab,
