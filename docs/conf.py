@@ -35,6 +35,7 @@ html_title = "xai_companion"
 html_logo = "static/logo.svg"
 html_favicon = "static/logo.svg"
 html_static_path = ["static"]
+html_extra_path = ["_build/examples"]  # pages that `examples.py` makes
 html_css_files = ["custom.css"]
 html_js_files = ["offline.js"]
 html_sourcelink_suffix = ""

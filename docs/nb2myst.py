@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # document this tree, whatever is installed
 
 from apidoc import PACKAGE, api_entry, collect_links, link_names, outside_fences  # noqa: E402
+from examples import examples  # noqa: E402
 
 NBS = ROOT / "nbs"
 IMAGES = ROOT / "docs" / "images"
@@ -214,6 +215,7 @@ def site(out=ROOT / "docs" / "_build" / "html"):
     out = Path(out).resolve()
     work = out.with_name(f".{out.name}.work")
     stage(work / "pages", out)
+    examples()
     options = ["-b", "html", "-n", "-W", "--keep-going", "-q", "-c", ROOT / "docs", "-d", work / "doctrees"]
     return main([str(option) for option in (*options, work / "pages", out)])
 

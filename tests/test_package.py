@@ -1,22 +1,33 @@
-"""What is shipped: the wheel, the import, the version, the lock file, and the set-up in the Makefile."""
+"""What is shipped: sdist and wheel, the import, the version, the lock file, and the set-up in the Makefile."""
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
 import zipfile
-from importlib.metadata import version
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
+from PIL import Image
 
 import xai_companion
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("xai_companion", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("xai_companion", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff")
+WHERE_PRESENT = {"IPython": "viz.py", "pytorch_grad_cam": "bench.py", "torchcam": "bench.py",  # asked for, not needed
+                 "jupyter_client": "reproduce.py", "nbformat": "reproduce.py"}  # nbclient brings the two
 LAZY = ("captum", "timm", "matplotlib", "torchvision", "pandas", "skimage", "nbclient", "IPython")
 
 
@@ -28,8 +39,8 @@ def python(code, **options):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    "A wheel built without network from a copy of the tree, with tests and notebooks beside the package"
+def tree(tmp_path_factory):
+    "A copy of the repository, with tests and notebooks beside the package"
     tree = tmp_path_factory.mktemp("tree")
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info", "_build", "_src*", "reports")
     for name in (*SHIPPED, "tests", "nbs", "docs", "results"):
@@ -38,12 +49,30 @@ def wheel(tmp_path_factory):
             shutil.copytree(source, tree / name, ignore=skip)
         elif source.is_file():
             shutil.copy(source, tree)
-    out = tmp_path_factory.mktemp("dist")
-    done = subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(tree)],
+    return tree
+
+
+def build(tree, out, *what):
+    "Build without network"
+    done = subprocess.run([sys.executable, "-m", "build", *what, "--no-isolation", "--outdir", str(out), str(tree)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    [file] = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory):
+    "A wheel built from the tree"
+    [file] = build(tree, tmp_path_factory.mktemp("dist"), "--wheel").glob("*.whl")
     return file
+
+
+@pytest.fixture(scope="module")
+def released(tree, tmp_path_factory):
+    "What `python -m build` makes: an sdist from the tree, and a wheel from the unpacked sdist"
+    out = build(tree, tmp_path_factory.mktemp("release"))
+    [sdist], [file] = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, file
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
@@ -71,6 +100,87 @@ def test_wheel_imports_away_from_the_clone(wheel, tmp_path):
     assert Path(python(code, cwd=tmp_path)).is_relative_to(tmp_path / "site")
 
 
+def shipped_modules():
+    "The packages that the package imports, with the files that do so"
+    found = {}
+    for file in (ROOT / "xai_companion").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                found.setdefault(name.split(".")[0], set()).add(file.name)
+    return {name: files for name, files in found.items() if name not in sys.stdlib_module_names | {"xai_companion"}}
+
+
+def test_what_is_imported_is_declared():
+    "The test environment has all extras and the peers: an undeclared import would show up at the user's only"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"] + extras}
+    owners = packages_distributions()
+    odd = {name: files for name, files in shipped_modules().items() if files != {WHERE_PRESENT.get(name)}
+           and not declared & {canonicalize_name(owner) for owner in owners.get(name, ())}}
+    assert len(declared) > 10 and not odd, f"imported, but in no list of pyproject.toml: {odd}"
+
+
+def content(archive):
+    "The files of a wheel or an sdist, by name"
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as z:
+            return {name: z.read(name) for name in z.namelist()}
+    with tarfile.open(archive) as t:
+        return {m.name.partition("/")[2]: t.extractfile(m).read() for m in t.getmembers() if m.isfile()}
+
+
+@pytest.mark.slow
+def test_sdist_makes_the_same_wheel(released, wheel):
+    sdist, built = released
+    files = content(sdist)
+    tops = {name.split("/")[0] for name in files}
+    assert tops == {*SHIPPED, "PKG-INFO", "setup.cfg", "xai_companion.egg-info"}, "see MANIFEST.in for what is meant to be there"
+    assert not [name for name in files if name.endswith((".ipynb", ".json", ".pyc"))]
+    assert built.name == wheel.name and content(built) == content(wheel)
+    said = next(text for name, text in content(built).items() if name.endswith("METADATA"))
+    metadata = Metadata.from_email(said, validate=True)
+    assert metadata.description == (ROOT / "README.md").read_text() and metadata.description_content_type == "text/markdown"
+    assert str(metadata.version) == xai_companion.__version__ in sdist.name
+
+
+@pytest.mark.slow
+def test_wheel_works_in_an_environment_of_its_own(released, tmp_path):
+    "No network, and not 5 GB: the new environment sees the packages of this one, but neither the clone nor its settings"
+    place, work = tmp_path / "venv", tmp_path / "work"
+    venv.create(place, symlinks=True)
+    work.mkdir()
+    own = sysconfig.get_paths(vars={"base": str(place), "platbase": str(place)}, scheme="venv")
+    bin, packages = Path(own["scripts"]), Path(own["purelib"])
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "XAI_COMPANION", "VIRTUAL_ENV"))}
+    env |= {"HOME": str(work), "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(*words, code=0):
+        done = subprocess.run(list(map(str, words)), cwd=work, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+    run(sys.executable, "-m", "pip", "--python", bin / "python", "install", "--no-deps", "--no-index", released[1])
+    (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+
+    said = run(bin / "python", "-c", "import xai_companion as x, importlib.metadata as m\n"
+               "print(x.__file__, m.version('xai_companion'), *[s.value for s in m.distribution('xai_companion').entry_points], sep='\\n')")
+    file, number, *entries = said.split("\n")
+    assert Path(file).is_relative_to(packages) and number == xai_companion.__version__ and "xai_companion.cli:main" in entries
+    assert xai_companion.__version__ in run(bin / "xai-companion", "--version")
+    assert all(command in run(bin / "xai-companion", "--help") for command in ("explain", "evaluate", "train", "reproduce", "audit"))
+
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8)).save(work / "photo.png")
+    run(bin / "xai-companion", "explain", "photo.png", "--method", "gradcam", "--out", "maps")
+    assert {f.suffix for f in (work / "maps").iterdir()} >= {".png", ".npz", ".html"}
+    [words] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[:1]
+    cheap, found = re.subn(r"^methods = .*$", 'methods = ("gradcam", "layercam")', words, flags=re.M)
+    assert found == 1
+    run(bin / "python", "-c", "import matplotlib\nmatplotlib.use('agg')\n" + cheap)
+    assert "clone" in run(bin / "xai-companion", "reproduce", code=2)
+
+
 def test_import_is_light():
     code = ("import torch, sys, time\nbefore, start = set(sys.modules), time.perf_counter()\nimport xai_companion\n"
             "print(time.perf_counter() - start, *(set(sys.modules) - before))")
@@ -88,7 +198,8 @@ def test_explain_is_not_hidden():
 
 
 def test_version_and_citation():
-    assert version("xai_companion") == xai_companion.__version__
+    [installed] = distributions(name="xai_companion", path=[sysconfig.get_paths()["purelib"]])  # a build leaves another in the tree
+    assert installed.version == xai_companion.__version__, "install again: touch pyproject.toml, then make test"
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == Version(xai_companion.__version__).base_version
     assert cited["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_datasets import needs_coco, write_coco, write_elpv, write_steel, write_voc
+from test_datasets import coco_content, needs_coco, write_coco, write_elpv, write_steel, write_voc
 
 from xai_companion import testbeds
 from xai_companion.cli import main
@@ -28,7 +28,15 @@ from xai_companion.testbeds import (
 from xai_companion.testbeds import testbeds as present
 from xai_companion.verdicts import ABOVE
 
-WRITERS = {"voc2007": ("VOCdevkit/VOC2007", write_voc, 20), "coco2014": ("coco", write_coco, 80), "severstal": ("severstal", write_steel, 5)}
+
+def write_labelled_coco(folder):
+    "Both images have an object"
+    content = coco_content()
+    content["annotations"].append(content["annotations"][0] | {"id": 4, "image_id": 7, "category_id": 90})
+    write_coco(folder, content)
+
+
+WRITERS = {"voc2007": ("VOCdevkit/VOC2007", write_voc, 20), "coco2014": ("coco", write_labelled_coco, 3), "severstal": ("severstal", write_steel, 5)}
 
 
 @pytest.fixture

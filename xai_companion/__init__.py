@@ -1,3 +1,3 @@
 """A reproducible companion to five explainable-AI papers"""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

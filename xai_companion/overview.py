@@ -240,7 +240,7 @@ def headlines(links: str | None = None,  # folder of the paper pages, seen from 
                 own = [r for r in records if {"row": row, "metric": metric}.items() | fixed.items() <= r["config"].items()]
                 if own:
                     page = f"{links}/{PLACES[paper][0]}.ipynb" if links else ""
-                    name = f"{row}: {metric}" + f", {own[0]['config'].get('testbed', fixed.get('on', 'plain CNN, creatures'))}"
+                    name = f"{row}: {metric}" + f", {own[0]['config'].get('testbed', 'plain CNN, creatures')}"
                     line = lines.setdefault((paper, name), {"paper's page": f"[{TITLES[paper]}]({page})" if links else TITLES[paper],
                                                             "unit": own[0]["unit"]})
                     line |= {profile: _short(own), "command": f"`{own[0]['provenance']['command']}`"}

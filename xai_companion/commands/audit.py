@@ -37,6 +37,8 @@ def run_audit(args  # what the parser found
     from xai_companion.own_data import read_class_map
     from xai_companion.report import check_place
     out, device = check_place(args.out), pick_device(args.device)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"the report is one HTML file, which a browser should know by its name: --out {out / 'audit.html'}, or {out}.html")
     model = model_from(args.model, args.weights, args.classes, device)
     own = getattr(model, "input_size", None)
     size = args.size or (own if isinstance(own, int) else None)
@@ -97,5 +99,5 @@ def add_audit(commands  # the sub-parsers of `xai-companion`
     p.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--table", metavar="FILE", help="write a row per image to this CSV file, too")
-    p.add_argument("--out", default="audit.html", help="the report (default: %(default)s)")
+    p.add_argument("--out", default="audit.html", help="the report, an HTML file (default: %(default)s)")
     p.set_defaults(run=run_audit)

@@ -8,9 +8,10 @@ __all__ = ['for_classes', 'run_evaluate', 'add_evaluate']
 # %% ../../nbs/67b_commands.evaluate.ipynb #f43d30a0
 import os
 import shutil
+import sys
 from pathlib import Path
 
-from ..core import pick_device
+from ..core import pick_device, processes
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #76f73229
 def for_classes(model, data):
@@ -35,17 +36,21 @@ def run_evaluate(args) -> int:
     from xai_companion.commands.options import model_from, parse_methods
     from xai_companion.data.datasets import load_dataset
     from xai_companion.evaluate import evaluate, summary
-    out, metrics, rank = Path(args.out), args.metrics.split(","), int(os.environ.get("RANK", 0))
-    device = pick_device(args.device)
+    out, metrics, device = Path(args.out), args.metrics.split(","), pick_device(args.device)
+    if args.fresh and "WORLD_SIZE" in os.environ:
+        raise ValueError("--fresh deletes what other processes may be writing: delete the folder before torchrun starts them")
+    rank, _ = processes(device)
     data = load_dataset(args.data, args.split, root=args.root)
     model = for_classes(model_from(args.model, args.weights, args.classes, device), data)
     explainers = parse_methods(args.methods, model, args.score)
-    if args.fresh and "WORLD_SIZE" in os.environ:
-        raise ValueError("--fresh deletes what other processes may be writing: delete the folder before torchrun starts them")
     if args.fresh:
         shutil.rmtree(out / "batches", ignore_errors=True)
-    frame = evaluate(explainers, data, metrics, n=args.n, seed=args.seed, size=args.size, batch=args.batch, budget=args.budget,
-                     folder=out / "batches", device=str(device), score=args.score)
+    try:
+        frame = evaluate(explainers, data, metrics, n=args.n, seed=args.seed, size=args.size, batch=args.batch, budget=args.budget,
+                         folder=out / "batches", device=str(device), score=args.score)
+    except KeyboardInterrupt:
+        print(f"stopped: the finished batches are in {out / 'batches'}, and the same command goes on from there", file=sys.stderr)
+        return 130
     if rank == 0:
         table = summary(frame)
         frame.to_csv(out / "rows.csv", index=False)

@@ -76,11 +76,11 @@ class CIFAR10(ArrayReader):
         for file, md5 in self.official(self.split).items():
             self.check_sum(self.folder / file, md5)
         *batches, _ = self.official(self.split)
-        parts = [self.batch(file) for file in batches]
+        parts = [self.read_file(file) for file in batches]
         self.classes = parts[0].classes
         self.fill(self.folder, np.concatenate([p.data for p in parts]), [label for p in parts for label in p.targets])
 
-    def batch(self, file: str):
+    def read_file(self, file: str):
         "torchvision's reader for a single batch, so an error can name it"
         from torchvision import datasets
         kind, folder = getattr(datasets, self.kind), self.folder

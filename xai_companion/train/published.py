@@ -9,6 +9,7 @@ __all__ = ['EXCON', 'EXPLAINED', 'ELSEWHERE', 'PUBLISHED', 'Published']
 from dataclasses import dataclass, replace
 
 # %% ../../nbs/44_train.published.ipynb #2e888d05
+from ..data.datasets import DATASETS
 from .recipes import Config
 
 # %% ../../nbs/44_train.published.ipynb #934e01de
@@ -29,8 +30,9 @@ class Published:
                 gpus: int = 1,  # of one computer
                 ) -> str:
         "How to start it"
+        test = " --test" if "test" in DATASETS[self.config.data].splits else ""
         several = f"torchrun --standalone --nproc-per-node {gpus} --no-python -- " if gpus > 1 else ""
-        return f"{several}xai-companion train --config {name} --device cuda --test"
+        return f"{several}xai-companion train --config {name} --device cuda{test}"
 
 def _without_layers(options):
     "The options for another network"

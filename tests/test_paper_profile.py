@@ -1,0 +1,253 @@
+"""The paper profile from files to records, at smoke size: the papers' sets written here in their true formats, the published networks, and
+the five pages with nothing but the numbers made small."""
+import json
+import pickle
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from test_datasets import VOC_ONE, VOC_XML, coco_content, needs_coco, picture, write_coco, write_voc
+from test_testbeds import paper_profile, prepare  # noqa: F401
+
+from xai_companion import core, experiments
+from xai_companion.cli import main
+from xai_companion.data.arrays import ArrayReader
+from xai_companion.data.readers import imagenet_wnids
+from xai_companion.experiments import real_lab
+from xai_companion.explain import GradCAM
+from xai_companion.models import load_model
+from xai_companion.testbeds import OF_PROFILE, TESTBEDS, run_testbeds
+from xai_companion.train.published import PUBLISHED
+from xai_companion.viz import PhotoFigure
+
+ROOT = Path(__file__).parents[1]
+COLOURS = np.random.default_rng(1).integers(40, 216, (10, 3))
+
+
+# ---- the sets of the training papers, with more images than the readers' tests need -------------------------------
+def coloured(count, classes, seed, side=32):
+    "Noise around the colour of the class, (count, side, side, 3), and labels: each class equally often"
+    labels = np.arange(count) % classes
+    noise = np.random.default_rng(seed).integers(-40, 40, (count, side, side, 3))
+    return (COLOURS[labels][:, None, None] + noise).astype(np.uint8), labels
+
+
+def write_cifar(folder, key, classes, count):
+    folder.mkdir(parents=True)
+    batches, meta, names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "batches.meta", "label_names"
+    if key == "fine_labels":
+        batches, meta, names = ["train", "test"], "meta", "fine_label_names"
+    for number, batch in enumerate(batches):
+        pixels, labels = coloured(count, classes, number)
+        rows = pixels.transpose(0, 3, 1, 2).reshape(count, -1)
+        (folder / batch).write_bytes(pickle.dumps({"data": rows, key: labels.tolist()}))
+    (folder / meta).write_bytes(pickle.dumps({names: [f"class {i}" for i in range(classes)]}))
+
+
+def write_svhn(folder):
+    from scipy.io import savemat
+    folder.mkdir(parents=True)
+    for split, count in (("train", 40), ("test", 20)):
+        pixels, labels = coloured(count, 10, count)
+        savemat(folder / f"{split}_32x32.mat", {"X": pixels.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)})
+
+
+def write_tiny(folder):
+    "Six classes, eight training and two validation images each, all with a box"
+    wnids, lines = list(imagenet_wnids())[:6], []
+    for number, wnid in enumerate(wnids):
+        images = folder / "train" / wnid / "images"
+        for i in range(8):
+            picture(images / f"{wnid}_{i}.JPEG", seed=100 * number + i + 1)
+        (images.parent / f"{wnid}_boxes.txt").write_text("".join(f"{wnid}_{i}.JPEG\t8\t8\t55\t{40 + i}\n" for i in range(8)))
+        for i in (number, number + 6):
+            picture(folder / "val" / "images" / f"val_{i}.JPEG")
+            lines.append(f"val_{i}.JPEG\t{wnid}\t10\t12\t50\t40\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+    (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (folder / "words.txt").write_text("".join(f"{wnid}\tthing {wnid}\n" for wnid in wnids))
+
+
+TRAINING = {"cifar10": lambda root: write_cifar(root / "cifar-10-batches-py", "labels", 10, 10),
+            "cifar100": lambda root: write_cifar(root / "cifar-100-python", "fine_labels", 10, 40),
+            "svhn": lambda root: write_svhn(root / "svhn"), "tiny_imagenet": lambda root: write_tiny(root / "tiny-imagenet-200")}
+
+
+@pytest.fixture
+def own_files(monkeypatch):
+    "Files of the true format that are not the authors': their MD5 sums are another test's matter"
+    monkeypatch.setattr(ArrayReader, "check_sum", lambda self, file, md5: None)
+
+
+# ---- the published rows: true network, true options, two steps ----------------------------------------------------
+@pytest.mark.parametrize("name", [
+    "edda_resnet56_cifar10", "random_occlusion_resnet18_svhn", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        "ce_resnet18_cifar100", "cutout_resnet56_svhn", "edda_resnet18_cifar100", "exconb_cifar100", "excon_tiny_imagenet",
+        "supcon_tiny_imagenet", "supcon_clean_view_cifar100", "ce_tiny_imagenet"))])
+def test_a_published_row_from_files_to_a_network(paper_profile, own_files, capsys, name):  # noqa: F811
+    published = PUBLISHED[name].config
+    TRAINING[published.data](paper_profile / "data")
+    size = ["--epochs", "1", "--batch", "8", "--images", "16", "--lr", "0.01", "--set", "start=0.0"]
+    size = size if name.startswith(("edda", "random", "excon")) else size[:-2]
+    command = PUBLISHED[name].command(name).replace("--device cuda", "--device cpu").split()[1:]
+    assert main([*command, *size, "--out", str(paper_profile)]) == 0
+    said = capsys.readouterr().out
+    [file] = paper_profile.glob("*/model.pt")
+    meta = torch.load(file, weights_only=True)["meta"]
+    shortened = {"epochs": 1, "batch": 8, "lr": 0.01, "fingerprint": meta["config"]["fingerprint"]}
+    wanted = vars(replace(published, **shortened, options=published.options | ({"start": 0.0} if "start=0.0" in size else {})))
+    assert meta["config"] == wanted and "16 used" in meta["config"]["fingerprint"]
+    model = load_model(published.model, file)
+    assert model.classes == real_lab(published.data, published.size).classes and model.input_size == published.size
+    assert ("test accuracy" in said) == ("test_accuracy" in meta) == (published.data != "tiny_imagenet")
+    log = (file.parent / "log.csv").read_text().splitlines()
+    assert len(log) == 1 + (2 if "con" in name else 1) and "nan" not in "".join(log)
+
+
+def test_every_published_set_and_network_is_tried():
+    tried = {mark if isinstance(mark, str) else mark.values[0]
+             for mark in test_a_published_row_from_files_to_a_network.pytestmark[0].args[1]}
+    assert {(p.config.data, p.config.model) for p in (PUBLISHED[name] for name in tried)} >= {
+        ("cifar10", "resnet56"), ("cifar100", "resnet18"), ("cifar100", "resnet50"), ("svhn", "resnet18"), ("tiny_imagenet", "resnet50")}
+    assert {p.config.data for p in PUBLISHED.values()} == set(TRAINING)
+
+
+# ---- the explainers' testbeds -------------------------------------------------------------------------------------
+@pytest.mark.slow
+@needs_coco
+def test_both_networks_on_coco(paper_profile, monkeypatch):  # noqa: F811
+    "Beside those of test_testbeds: the fifth testbed"
+    prepare(paper_profile, "coco2014_vgg16")
+    monkeypatch.setitem(OF_PROFILE, "paper", ("coco2014_vgg16",))
+    run, = run_testbeds(lambda network, bed: {"Grad-CAM": GradCAM(network)}, n=2)
+    assert run.frame[list(run.metrics)].notna().all().all() and run.data.startswith("coco2014 val 2 ")
+
+
+# ---- the pages ----------------------------------------------------------------------------------------------------
+def eight_of_voc(root):
+    folder, names = write_voc(root / "VOCdevkit" / "VOC2007"), [f"{i:06}" for i in range(1, 9)]
+    for i, name in enumerate(names):
+        picture(folder / "JPEGImages" / f"{name}.jpg", 30, 40)
+        (folder / "Annotations" / f"{name}.xml").write_text((VOC_XML, VOC_ONE)[i % 2])
+    (folder / "ImageSets" / "Main" / "test.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+def eight_of_coco(root):
+    content = coco_content()
+    image, objects = content["images"][0], content["annotations"]
+    for i in range(100, 107):
+        content["images"].append(image | {"id": i, "file_name": f"COCO_val2014_{i:012}.jpg"})
+        content["annotations"] += [one | {"id": 10 * i + k, "image_id": i} for k, one in enumerate(objects[:3])]
+        picture(root / "coco" / "val2014" / f"COCO_val2014_{i:012}.jpg", 20, 30)
+    write_coco(root / "coco", content)
+
+
+def eight_of_steel(root):
+    "Strips of the validation split, each with a defect in one patch"
+    names = [name for name in (f"{i:08x}.jpg" for i in range(200)) if zlib.crc32(name.encode()) % 5 == 0][:8]
+    rows = [f"{name},{i % 4 + 1},{(100 + 5 * i) * 256 + 1} {10 * 256}" for i, name in enumerate(names)]
+    for name in names:
+        picture(root / "severstal" / "train_images" / name, 256, 1600)
+    (root / "severstal" / "train.csv").write_text("\n".join(["ImageId,ClassId,EncodedPixels", *rows]) + "\n")
+
+
+def small(**sizes):
+    "Numbers as in the smoke profile, the rest as in the paper profile"
+    if isinstance(sizes.get("smoke"), (int, str, tuple)):
+        return sizes["smoke"]
+    return original(**sizes)
+
+
+original = core.by_profile
+
+
+@pytest.fixture
+def page(paper_profile, own_files, monkeypatch):  # noqa: F811
+    "Runs all cells of a page in the paper profile on a CPU; what they defined"
+    (paper_profile / "settings.ini").write_text("[xai_companion]\n[profile.paper]\ndevice = cpu\n")
+    monkeypatch.chdir(paper_profile)
+    monkeypatch.setenv("XAI_COMPANION_QUIET", "1")
+    monkeypatch.setattr(experiments, "SCORES", dict(experiments.SCORES))  # pages add to these two
+    monkeypatch.setattr(PhotoFigure, "limit", PhotoFigure.limit)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("xai_companion") and getattr(module, "by_profile", None) is original:
+            monkeypatch.setattr(module, "by_profile", small)
+
+    def run(name):
+        found = {"__name__": "page"}
+        with torch.random.fork_rng([]):
+            cells(name, found)
+        return found
+
+    def cells(name, found):
+        for cell in nbformat.read(ROOT / "nbs" / "papers" / f"{name}.ipynb", 4).cells:
+            if cell.cell_type == "code":
+                exec(compile(cell.source, f"{name} {cell.id}", "exec"), found)
+                plt.close("all")
+    run.root = paper_profile
+    return run
+
+
+def stored(root, paper, table):
+    return json.loads((root / "reports" / paper / f"{table}.paper.json").read_text())
+
+
+@pytest.mark.slow
+@needs_coco
+@pytest.mark.parametrize("paper, name", [("sise", "01_sise"), ("ada_sise", "02_ada_sise"), ("integrated_gradcam", "03_integrated_gradcam")])
+def test_page_of_an_explainer(page, monkeypatch, paper, name):
+    "On the five testbeds of the paper profile, with a small network in place of VGG and ResNets"
+    for write in (eight_of_voc, eight_of_coco, eight_of_steel):
+        write(page.root / "data")
+    for bed in OF_PROFILE["paper"]:
+        model = lambda device, data: load_model("residual_cnn", None, len(data.classes), classes=data.classes)  # noqa: E731
+        monkeypatch.setitem(TESTBEDS, bed, replace(TESTBEDS[bed], model=model, size=64))
+    found = page(name)
+    assert [run.name for run in found["runs"]] == list(OF_PROFILE["paper"])
+    for run in found["runs"]:
+        rows = stored(page.root, paper, f"quality_{run.name}")
+        assert {row["config"]["metric"] for row in rows} >= {"EBPG", "Drop"} and all(np.isfinite(row["value"]) for row in rows)
+        assert {row["provenance"]["data"] for row in rows} == {run.data}
+    settings = {row["config"]["setting"] for row in stored(page.root, paper, "claims")}
+    assert {TESTBEDS[name].title for name in OF_PROFILE["paper"]} <= settings
+    if paper == "sise":
+        drop = {row["config"]["row"]: row["paper"] for row in stored(page.root, paper, "quality_voc2007_vgg16") if row["config"]["metric"] == "Drop"}
+        assert drop["SISE"]["value"] == 38.4 and drop["Grad-CAM"]["value"] == 49.47
+
+
+@pytest.fixture
+def short_schedules(monkeypatch):
+    "The published rows with one epoch of a small network, and a layer that it has"
+    for name, published in PUBLISHED.items():
+        options = published.config.options | ({"layers": "block2.2"} if "layers" in published.config.options else {})
+        config = replace(published.config, model="plain_cnn", epochs=1, batch=8, options=options)
+        monkeypatch.setitem(PUBLISHED, name, replace(published, config=config))
+
+
+@pytest.mark.slow
+def test_page_of_edda(page, short_schedules):
+    TRAINING["cifar100"](page.root / "data")
+    TRAINING["svhn"](page.root / "data")
+    found = page("04_edda")
+    assert list(found["beds"]) == ["cifar100_resnet18", "cifar100_resnet56", "svhn_resnet18", "svhn_resnet56"]
+    assert all(set(frame.row) == {"Cross-entropy", "Random occlusion", "EDDA", "Cutout"} for frame in found["frames"].values())
+    rows = stored(page.root, "edda", "place")
+    assert {row["config"]["on"] for row in rows} == {bed.title for bed in found["beds"].values()}
+    assert {row["config"]["on"] for row in rows if row["config"]["metric"] == "Accuracy"} == {bed.title for bed in found["beds"].values()}
+
+
+@pytest.mark.slow
+def test_page_of_excon(page, short_schedules):
+    TRAINING["cifar100"](page.root / "data")
+    TRAINING["tiny_imagenet"](page.root / "data")
+    found = page("05_excon")
+    assert list(found["beds"]) == ["plain CNN, creatures", "ResNet-50, CIFAR-100", "ResNet-50, Tiny ImageNet"]
+    rows = stored(page.root, "excon", "accuracy")
+    assert {row["config"]["data"] for row in rows} == {"synthetic", "cifar100", "tiny_imagenet"}
+    assert {"Cross-entropy", "SupCon", "ExCon", "ExConB"} <= {row["config"]["row"] for row in rows}
