@@ -396,6 +396,7 @@ def test_command_with_a_torchvision_name(place, capsys):
     (["my_red_model:make", "pictures", "--size", "16", "--method", "sise,rise"], "one method"),
     (["my_red_model:make", "pictures", "--size", "16", "--weights", "none.pt"], "none.pt"),
     (["my_red_model:make", "pictures", "--size", "16", "--out", "pictures"], "is a folder"),
+    (["my_red_model:make", "pictures", "--size", "16", "--out", "report"], "one HTML file"),
 ])
 def test_command_mistakes(place, words, message):
     (place / "empty").mkdir()

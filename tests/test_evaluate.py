@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torchvision.utils import save_image
 
+from xai_companion.cli import main
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.synthetic import Synthetic
 from xai_companion.evaluate import Ledger, by_size, evaluate, load_units, seeded_order, summary
@@ -30,6 +32,7 @@ from xai_companion.metrics import (
     miou,
     pointing_game,
 )
+from xai_companion.models import load_model
 
 
 class Street(ImageSet):
@@ -295,3 +298,70 @@ def test_several_processes_need_a_folder(network, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="folder"):
         evaluate({"cam": GradCAM(network)}, Street(), ("drop",))
+
+
+# ------------------------------------------------------------------ from a terminal
+
+
+def command(*words):
+    return main(["evaluate", "--model", "plain_cnn", "--methods", "gradcam", "--device", "cpu", *map(str, words)])
+
+
+def test_ctrl_c_says_where_it_goes_on(tmp_path, monkeypatch, capsys):
+    add, left = Ledger.add, iter([True] * 2)
+
+    def stop(self, *arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        add(self, *arguments)
+
+    monkeypatch.setattr(Ledger, "add", stop)
+    assert command("--n", 12, "--batch", 4, "--out", tmp_path) == 130
+    assert f"stopped: the finished batches are in {tmp_path / 'batches'}" in capsys.readouterr().err
+    monkeypatch.setattr(Ledger, "add", add)
+    calls = []
+    monkeypatch.setattr(GradCAM, "attribute", lambda self, *a, inner=GradCAM.attribute: calls.append(0) or inner(self, *a))
+    assert command("--n", 12, "--batch", 4, "--out", tmp_path) == 0 and len(calls) == 1
+
+
+def test_a_folder_of_images(tmp_path, capsys):
+    "Some classes of the model, in the order of the alphabet, found by their names"
+    data, network = Synthetic("test", n=20, size=32), load_model("plain_cnn")
+    chosen = sorted({data[i].label for i in range(20)}, key=lambda label: data.classes[label])[::3]
+    assert chosen != sorted(chosen)
+    for i in range(20):
+        item = data[i]
+        if item.label in chosen:
+            place = tmp_path / "photos" / data.classes[item.label]
+            place.mkdir(parents=True, exist_ok=True)
+            save_image(item.image, place / f"{i}.png")
+    assert command("--data", tmp_path / "photos", "--metrics", "drop", "--out", tmp_path / "out") == 0
+    rows = pd.read_csv(tmp_path / "out" / "rows.csv")
+    for row in rows.to_dict("records"):
+        image = data[int(row["name"].split("/")[-1].removesuffix(".png"))]
+        with torch.no_grad():
+            said = network(image.image[None])[0, chosen].softmax(0)
+        assert chosen[row["label"]] == image.label and row["probability"] == pytest.approx(said[row["label"]].item(), abs=0.02)  # the files have bytes
+    assert len(rows) >= len(chosen) > 2 and rows["drop"].notna().all() and "imagefolder" in capsys.readouterr().out
+    (tmp_path / "photos" / data.classes[chosen[0]]).rename(tmp_path / "photos" / "dragon")
+    assert command("--data", tmp_path / "photos", "--out", tmp_path / "out") == 2
+    assert "the folders dragon are not named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, says", [(("--size", "0"), "size must be"), (("--data", "cifar1"), "did you mean cifar10")])
+def test_mistakes_on_the_command_line(tmp_path, capsys, words, says):
+    assert command(*words, "--out", tmp_path / "out") == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(tmp_path):
+    "Two processes share the batches; `--` keeps torchrun from reading --n"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "XAI_COMPANION_QUIET": "1"}
+    bin = os.path.dirname(sys.executable)
+    words = [f"{bin}/torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "--", f"{bin}/xai-companion", "evaluate",
+             "--model", "plain_cnn", "--methods", "gradcam", "--n", "16", "--batch", "4", "--device", "cpu", "--out", tmp_path]
+    done = subprocess.run(list(map(str, words)), env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("16 rows in") == 1, done.stdout + done.stderr[-2000:]
+    written = [len(file.read_text().splitlines()) for file in (tmp_path / "batches").glob("*.jsonl")]
+    assert written == [2, 2]

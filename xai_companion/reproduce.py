@@ -272,8 +272,8 @@ def reproduce(papers: list[str] | None = None,  # names such as "sise"; default:
               check: bool = False,              # run a sample, and fail when a row does not agree
               ) -> int:  # exit status: 0, 1 when a notebook failed, 75 when the time was over, 130 after Ctrl-C
     "Run the notebooks of the papers in the current profile and write a report"
-    _check_tools()
     notebooks = choose(find_papers(), papers or (SAMPLE if check else None))
+    _check_tools()
     now = settings()
     pick_device(now.device)
     if record and now.profile == "smoke":

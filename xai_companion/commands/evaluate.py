@@ -18,14 +18,20 @@ def for_classes(model, data):
     "The model, asked about the classes of the data; if the two do not fit, an error that names both"
     import torch
     from xai_companion.testbeds import Restricted
-    if getattr(model, "classes", None) == list(data.classes):
+    named = list(getattr(model, "classes", None) or ())
+    if named == list(data.classes):
         return model
+    if named and data.name == "imagefolder":
+        odd = [name for name in data.classes if named.count(name) != 1]
+        if odd:
+            raise ValueError(f"the folders {', '.join(odd[:3])} are not named after one class of the model each ({', '.join(named[:3])}, ...): "
+                             "rename them, or choose a model that was trained on them, with --model and --weights")
+        return Restricted(model, [named.index(name) for name in data.classes], data.classes)
     with torch.inference_mode():
         item = data[0].image[None].to(next(model.parameters()).device)
         outputs = model(item).shape[1]
     if outputs == 1000 and hasattr(data, "imagenet_indices"):
         return Restricted(model, data.imagenet_indices, data.classes)
-    named = getattr(model, "classes", None)
     if outputs != len(data.classes) or (named and data.name == "synthetic"):
         raise ValueError(f"the model has {outputs} classes{f' ({named[0]}, ...)' if named else ''}, {data.name} has {len(data.classes)} "
                          f"({data.classes[0]}, ...): choose a model that was trained on these classes, with --model and --weights")
@@ -36,11 +42,15 @@ def run_evaluate(args) -> int:
     from xai_companion.commands.options import model_from, parse_methods
     from xai_companion.data.datasets import load_dataset
     from xai_companion.evaluate import evaluate, summary
+    from xai_companion.explain.base import check_counts
+    if args.size is not None:
+        check_counts(size=args.size)
     out, metrics, device = Path(args.out), args.metrics.split(","), pick_device(args.device)
     if args.fresh and "WORLD_SIZE" in os.environ:
         raise ValueError("--fresh deletes what other processes may be writing: delete the folder before torchrun starts them")
     rank, _ = processes(device)
-    data = load_dataset(args.data, args.split, root=args.root)
+    name, root = ("imagefolder", args.data) if Path(args.data).is_dir() else (args.data, args.root)
+    data = load_dataset(name, args.split, root=root)
     model = for_classes(model_from(args.model, args.weights, args.classes, device), data)
     explainers = parse_methods(args.methods, model, args.score)
     if args.fresh:
@@ -66,7 +76,8 @@ def add_evaluate(commands):
     from xai_companion.commands.options import add_model
     p = commands.add_parser("evaluate", help="compare explainers on a model and a data set: metrics with intervals")
     add_model(p, "efficientnet_lite0")
-    p.add_argument("--data", default="synthetic", help="a data set by name, see `xai-companion data list` (default: %(default)s)")
+    p.add_argument("--data", default="synthetic", help="a data set by name, see `xai-companion data list`, or a folder with "
+                   "a folder of images per class (default: %(default)s)")
     p.add_argument("--split", help="part of the data set (default: the one that is for evaluation)")
     p.add_argument("--root", help="folder of the data set, or of all data sets (default: the one in settings.ini)")
     p.add_argument("--methods", default="gradcam,sise", metavar="NAME[:OPTION=VALUE],...", help="methods, see `xai-companion explain --help`, with options (default: %(default)s)")

@@ -7,6 +7,7 @@ __all__ = ['IMAGENET', 'CIFAR', 'GET', 'DATASETS', 'FLICKR', 'Source', 'load_dat
            'check_dataset', 'dataset_status', 'get_dataset']
 
 # %% ../../nbs/20d_data.datasets.ipynb #4f6855b4
+import difflib
 import inspect
 import os
 import shutil
@@ -113,7 +114,10 @@ DATASETS |= {
 def _source(name: str) -> Source:
     "The entry of a data set"
     if name not in DATASETS:
-        raise ValueError(f"there is no data set {name!r}: choose one of {', '.join(DATASETS)}")
+        close = difflib.get_close_matches(name, DATASETS, 2, cutoff=0.5)
+        meant = f" (did you mean {' or '.join(close)}?)" if close else ""
+        raise ValueError(f"there is no data set {name!r}: choose one of {', '.join(DATASETS)}{meant}. For images of your own: imagefolder, "
+                         "a folder with a folder of images for each class")
     return DATASETS[name]
 
 def _root(root: Path | str | None) -> Path:
