@@ -165,3 +165,23 @@ def test_restricted_network_keeps_its_layers():
     with torch.no_grad():
         assert torch.equal(some(images), network(images)[:, [3, 0]])
     assert torch.allclose(GradCAM(some, "block2").attribute(images, 0), GradCAM(network, "block2").attribute(images, 3), atol=1e-6)
+
+
+def test_steps_do_the_work_of_a_run(tmp_path, monkeypatch):
+    "In a time box; what they did is then read, and without a box there are none"
+    from xai_companion import evaluate as module
+    from xai_companion.steps import TIME_BOX, take_steps
+
+    for name, value in (("PROFILE", "cpu"), ("REPORTS", str(tmp_path))):
+        monkeypatch.setenv(f"XAI_COMPANION_{name}", value)
+    monkeypatch.setitem(OF_PROFILE, "cpu", ("plain",))
+    sizes = {"n": 6, "metrics": ("ebpg",)}
+    explainers = lambda network, bed: {"Grad-CAM": GradCAM(network), "HiRes-CAM": HiResCAM(network)}  # noqa: E731
+    assert testbeds.testbed_steps(explainers, **sizes) == []
+    monkeypatch.setenv(TIME_BOX, "inf")
+    steps = testbeds.testbed_steps(explainers, **sizes)
+    assert [step.title for step in steps] == ["plain CNN, creatures: Grad-CAM", "plain CNN, creatures: HiRes-CAM"]
+    take_steps(steps)
+    monkeypatch.setattr(module, "_one_batch", lambda *arguments: pytest.fail("computed again"))
+    [run] = testbeds.run_testbeds(explainers, **sizes)
+    assert len(run.frame) == 12

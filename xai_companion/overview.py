@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .core import PROFILES
-from .results import Table, load, summarize
+from .results import Table, grid_cell, load, summarize
 from .verdicts import CLAIMS, MARKS, difference_text, judged, overall, stored_comparisons
 from .viz import LOOK, subplots
 
@@ -224,10 +224,7 @@ HEADLINES = (  # paper, table, metric, rows, and what else is fixed
 
 def _short(records):
     "Value, half of the interval, and n"
-    value, interval, counted = summarize(records)
-    half = (interval[1] - interval[0]) / 2 if interval else 0
-    decimals = min(max(1 - math.floor(math.log10(half)), 0), 6) if half else 1
-    return f"{value:.{decimals}f}{f' ± {half:.{decimals}f}' if half else ''} ({counted})"
+    return f"{grid_cell(records)} ({summarize(records)[2]})"
 
 def headlines(links: str | None = None,  # folder of the paper pages, seen from the page that shows the table
               root: Path | None = None   # folder of the records; default: results/

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'TOLERANCE', 'TIMES', 'ANSWER', 'save', 'load', 'correlation', 'save_row', 'summarize', 'agrees', 'Table',
-           'show', 'grid', 'compare', 'provenance', 'record', 'validate', 'mean_interval']
+           'show', 'grid_cell', 'grid', 'compare', 'provenance', 'record', 'validate', 'mean_interval']
 
 # %% ../nbs/02_results.ipynb #c693bf20
 import json
@@ -249,7 +249,8 @@ def show(paper: str,  # sise, ada_sise, integrated_gradcam, edda, excon or bench
     return _table(columns) if columns else _notice(paper, table)
 
 # %% ../nbs/02_results.ipynb #ea06fd8c
-def _grid_cell(records):
+def grid_cell(records: list  # of one row: the same config, one per seed
+              ) -> str:
     "Mean ± half of the interval"
     value, interval, _ = summarize(records)
     if interval is None or interval[0] == interval[1]:
@@ -271,7 +272,7 @@ def grid(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
             label = canonical({k: v for k, v in config.items() if k not in (across, "version")})
             if records[0]["paper"] != NOT_AVAILABLE:
                 lines.setdefault((label, "paper"), {})[column] = str(records[0]["paper"]["value"])
-            lines.setdefault((label, source), {})[column] = _grid_cell(records)
+            lines.setdefault((label, source), {})[column] = grid_cell(records)
             counts.setdefault((label, source), set()).add(records[0]["n"])
     if not lines:
         return _notice(paper, table)
