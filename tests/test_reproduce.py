@@ -11,8 +11,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from xai_companion import reproduce as module
-from xai_companion.reproduce import find_papers, reproduce, run_notebook
+from xai_companion import notebooks as module
+from xai_companion.cli import main
+from xai_companion.notebooks import choose, find_papers, paper_name, run_notebook
+from xai_companion.records import record
+from xai_companion.reproduce import reproduce
 
 ROOT = Path(__file__).parents[1]
 RECORD = """from xai_companion.results import record, save, show
@@ -148,3 +151,93 @@ def test_core_notebook_in_a_real_kernel(clone):
     assert error == ""
     ran = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in ran] == list(range(1, len(ran) + 1))
+
+
+# ---- long profiles: plans, time boxes, interruptions --------------------------------------------------------------
+def test_the_order_on_a_gpu():
+    folder = find_papers(ROOT)
+    names = [paper_name(file) for file in choose(folder, profile="gpu")]
+    assert names == ["excon", "edda", "sise", "ada_sise", "integrated_gradcam", "bench"]  # the network of the first is explained
+    assert choose(folder, ["bench"], "gpu") == [ROOT / "nbs" / "66_bench.ipynb"]
+    with pytest.raises(ValueError, match="no notebook about bench"):
+        choose(folder, ["bench"])
+
+
+STEPS = "from xai_companion.steps import Step, take_steps\ntake_steps([Step(f'{name} {i}', SECONDS, lambda: print('ran')) for i in range(COUNT)])"
+
+
+def test_the_plan_of_all_notebooks(clone, capsys, monkeypatch):
+    "Nothing is run or written, a GPU is not needed, and what comes after the hour is named with its command"
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
+    page = "name = '{}'\nfrom xai_companion.core import pick_device, settings\npick_device(settings().device)\nprint('not run: a set. It is missing')"
+    for name, seconds, count in (("04_edda", 600, 3), ("05_excon", 900, 3), ("01_sise", 30, 4)):
+        write(clone, f"{name}.ipynb", page.format(name), STEPS.replace("SECONDS", str(seconds)).replace("COUNT", str(count)), "1 / 0")
+    assert reproduce(minutes=0) == 0
+    said = capsys.readouterr().out
+    assert said.index("05_excon 2") < said.index("04_edda 0") < said.index("01_sise 3") and "ran" not in said.split()
+    assert said.count("not run: a set. It is missing") == 3 and "In all about 77:00 min" in said
+    assert said.endswith("Not in the first hour:\n  xai-companion reproduce edda --profile gpu  # 2 steps, 20:00 min\n"
+                         "  xai-companion reproduce sise --profile gpu  # 4 steps, 2:00 min\n")
+    assert not (clone / "reports").exists()
+    write(clone, "05_excon.ipynb", "1 / 0")
+    assert reproduce(["excon"], minutes=0) == 1 and "FAILED in cell [1]" in capsys.readouterr().out
+
+
+ROWS = """import os, time
+from pathlib import Path
+from xai_companion.core import settings
+from xai_companion.experiments import creatures_lab, row_steps, run_rows
+from xai_companion.steps import take_steps
+from xai_companion.train.recipes import Config
+root = settings().reports.parent
+lab = creatures_lab(40, 8)
+rows = {name: Config(size=32, epochs=1, batch=16, weight_decay=i / 1000) for i, name in enumerate("abc")}
+
+def scores(model, row):
+    if row == "b" and not (root / "go").exists():
+        (root / "kernel").write_text(str(os.getpid()))
+        (root / "kernel").rename(root / "waiting")
+        time.sleep(60)
+    return {"accuracy": 1.0}
+work = rows, range(1), lab, scores, "1", settings().reports / "train"
+take_steps(row_steps("net", *work, seconds=1))
+frame = run_rows(*work)
+assert list(frame.row) == ["a", "b", "c"]"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX systems")
+def test_killed_in_a_step_and_started_again(clone):
+    "A step that was finished is not done again, and of the killed one not even the training"
+    write(clone, "04_edda.ipynb", ROWS)
+    command = [sys.executable, "-c", "import sys; from xai_companion.cli import main\nsys.exit(main(['reproduce', 'edda', '--minutes', '9']))"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for((clone / "waiting").exists, 60)
+        os.kill(int((clone / "waiting").read_text()), signal.SIGKILL)
+    finally:
+        run.kill()
+    first = run.communicate(timeout=30)[0]
+    assert "3 of 3 steps left" in first and "step: 2 of 3, net: b, seed 0" in first and "step: 3 of 3" not in first
+    logs = {file: file.read_text() for file in (clone / "reports" / "train").glob("*/log.csv")}  # with the seconds of each epoch
+    [scores] = (clone / "reports" / "train").glob("*/scores-*.json")
+    written = scores.stat().st_mtime_ns
+    (clone / "go").touch()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "2 of 3 steps left" in again.stdout and "step: 1 of 3" not in again.stdout and "step: 3 of 3 took" in again.stdout
+    assert scores.stat().st_mtime_ns == written and len(logs) == 2 and all(file.read_text() == log for file, log in logs.items())
+
+
+def test_records_of_another_computer(clone, capsys):
+    write(clone, "01_sise.ipynb", RECORD)
+    assert reproduce(record=True) == 0
+    for folder, row in (("theirs", "RISE"), ("results", "SISE")):
+        target = clone / folder / "sise" / "more.gpu.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps([record({"row": row}, values=[0.5, 0.7])]))
+    assert main(["reproduce", "--merge", "theirs"]) == 0
+    assert "results/sise/more.gpu.json" in capsys.readouterr().out
+    assert [r["config"]["row"] for r in json.loads((clone / "results/sise/more.gpu.json").read_text())] == ["SISE", "RISE"]
+    assert main(["reproduce", "--merge", "nowhere"]) == 2 and "no records in nowhere" in capsys.readouterr().err
+    (clone / "theirs/sise/more.gpu.json").write_text("[{}]")
+    assert main(["reproduce", "--merge", "theirs"]) == 2 and "sise/more.gpu.json is damaged" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def settings(start: Path | str | None = None  # folder to start the search from;
     profile = value["profile"]
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: choose one of {', '.join(PROFILES)}")
-    device = ini.get(f"profile.{profile}", "device", fallback=PROFILES[profile])
+    device = os.environ.get("XAI_COMPANION_DEVICE") or ini.get(f"profile.{profile}", "device", fallback=PROFILES[profile])
     base = file.parent if file else Path.cwd()
     paths = {k: _path(value[k], Path.cwd() if found[k] else base) for k in ("data", "results", "reports")}
     return Settings(profile=profile, device=device, file=file, **paths)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'describe', 'model_fingerprint', 'seeded_order', 'Units', 'load_units', 'measure', 'explain_units',
-           'predictions', 'evaluate', 'summary', 'differences', 'by_size']
+           'predictions', 'evaluate', 'is_finished', 'summary', 'differences', 'by_size']
 
 # %% ../nbs/50_evaluate.ipynb #201d1bda
 import hashlib
@@ -192,6 +192,17 @@ def _config(explainer, model_key, data, metrics, settings):
     return {"explainer": describe(explainer), "model": model_key, "data": data.fingerprint, "metrics": sorted(metrics),
             "package": __version__, **{k: _plain(v) for k, v in settings.items() if k != "chunk"}}
 
+def _work(explainers, data, metrics, n=None, seed=0, size=None, batch=8, device="cpu", score="softmax", **options):
+    "The order of the images, the batches, and for each explainer everything that determines its rows"
+    order, key = seeded_order(len(data), n, seed), model_fingerprint(_only_model(explainers, metrics))
+    batches = [range(start, min(start + batch, len(order))) for start in range(0, len(order), batch)]
+    settings = {"seed": seed, "size": size, "batch": batch, "device": torch.device(device).type, "score": score, **options}
+    return order, batches, {label: _config(e, key, data, metrics, settings) for label, e in explainers.items()}
+
+def _is_left(ledger, positions, budget):
+    "Is there time for this batch, and was it not done?"
+    return _name(positions) not in ledger.done and (budget is None or ledger.seconds < budget)
+
 def _frame(label, ledger, batches):
     "The rows of one explainer, in the order of the images"
     rows = [row for batch in map(_name, batches) if batch in ledger.done for row in ledger.done[batch]["rows"]]
@@ -213,7 +224,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
              **options,             # further options of the metrics that ask the model: dtype, chunk
              ) -> pd.DataFrame:     # a row per explainer, image and class; a column per metric
     "Explain the images with every explainer, and score the maps"
-    model = _only_model(explainers, metrics)
+    _only_model(explainers, metrics)
     check_counts(batch=batch)
     if budget is not None and budget <= 0:
         raise ValueError(f"budget must be above 0 seconds, got {budget}")
@@ -221,18 +232,14 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
     folder = None if folder is None else Path(folder)
     if folder is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several processes meet in a folder: give folder=..., which all of them can write to")
-    rank, world = processes()
+    rank, world = processes(device)
     if n is not None and n > len(data) and rank == 0:
         warnings.warn(f"n={n}, but {data.name} {data.split} has {len(data)} images: all of them are taken", stacklevel=2)
-    order = seeded_order(len(data), n, seed)
-    settings = {"seed": seed, "size": size, "batch": batch, "device": torch.device(device).type, "score": score, **options}
-    key, batches = model_fingerprint(model), [range(start, min(start + batch, len(order))) for start in range(0, len(order), batch)]
+    order, batches, configs = _work(explainers, data, metrics, n, seed, size, batch, device, score, **options)
     with ExitStack() as held:
-        ledgers = {label: held.enter_context(writing(Ledger(folder, _config(e, key, data, metrics, settings), rank)))
-                   for label, e in explainers.items()}
+        ledgers = {label: held.enter_context(writing(Ledger(folder, config, rank))) for label, config in configs.items()}
         for positions in progress(batches[rank::world], "evaluating", unit="batch"):
-            todo = [label for label, ledger in ledgers.items()
-                    if _name(positions) not in ledger.done and (budget is None or ledger.seconds < budget)]
+            todo = [label for label, ledger in ledgers.items() if _is_left(ledger, positions, budget)]
             if todo:
                 units = load_units(data, order, positions, size, device)
                 _one_batch({label: explainers[label] for label in todo}, ledgers, _name(positions), units, metrics, score, options)
@@ -260,6 +267,20 @@ def _one_batch(explainers, ledgers, name, units, metrics, score, options):
         start = time.perf_counter()
         rows = explain_units(explainer, units, metrics, score=score, **options) if units.facts else []
         ledgers[label].add(name, [fact | row for fact, row in zip(said, rows, strict=True)], time.perf_counter() - start)
+
+# %% ../nbs/50_evaluate.ipynb #3d742f0c
+def is_finished(explainers: dict,   # as `evaluate` takes them
+                data: ImageSet,
+                metrics: tuple,
+                *,
+                folder: Path | str,  # where finished batches are kept
+                budget: float | None = None,  # seconds per explainer
+                **options,          # the other arguments of `evaluate`
+                ) -> bool:
+    "Would `evaluate` with these arguments only read what is there?"
+    _, batches, configs = _work(explainers, data, metrics, **options)
+    ledgers = [Ledger(Path(folder), config) for config in configs.values()]
+    return not any(_is_left(ledger, positions, budget) for ledger in ledgers for positions in batches)
 
 # %% ../nbs/50_evaluate.ipynb #9d7d9aeb
 def _with_interval(values, digits):

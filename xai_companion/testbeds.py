@@ -9,7 +9,7 @@ __all__ = ['LOCALIZATION', 'MASKED', 'CURVES', 'HALF_AN_HOUR', 'TRAIN_ELPV', 'TE
 # %% ../nbs/51_testbeds.ipynb #486b86fc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import nn
 from .core import by_profile, settings
 from .data.datasets import load_dataset
 from .data.items import ImageSet
-from .evaluate import differences, evaluate
+from .evaluate import differences, evaluate, is_finished
 from .explain import (RISE, SISE, AdaSISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradCAM,
                                    IntegratedGradients, ScoreCAM)
 from .metrics import METRICS, Metric
@@ -43,16 +43,15 @@ class Testbed:
     score: str = "softmax"       # what a class score is; "sigmoid" for multi-label networks
     batch: int = 8               # images at a time
     dtype: torch.dtype | None = None  # of the passes over masked images: torch.bfloat16 under autocast, or None for float32
-    cpu: tuple | None = None     # in the cpu profile: images at most, and seconds per explainer; None: as the page asks
+    own: dict = field(default_factory=dict)  # limits by profile: images at most, and seconds per explainer; others: as the page asks
 
     def limits(self,
                n: int,                # images that the page asks for
                budget: float | None,  # seconds per explainer that the page gives
                ) -> tuple[int, float | None]:
         "How many images, and how many seconds per explainer, in the current profile"
-        if self.cpu is None or settings().profile != "cpu":
-            return n, budget
-        return min(n, self.cpu[0]), self.cpu[1]
+        images, seconds = self.own.get(settings().profile, (n, budget))
+        return min(n, images), seconds
 
     def load(self,
              device="cpu",
@@ -66,7 +65,7 @@ def _small(name):
     "A testbed with one of the embedded small networks"
     words = name.replace("_", " ").replace("cnn", "CNN")
     return Testbed(f"{words}, creatures", lambda device, data: load_model(name, device=device),
-                   lambda: load_dataset("synthetic", "test", size=64), batch=16)
+                   lambda: load_dataset("synthetic", "test", size=64), batch=16, own={"gpu": (500, 8)})
 
 # %% ../nbs/51_testbeds.ipynb #c61bd488
 class Restricted(nn.Module):
@@ -95,7 +94,7 @@ HALF_AN_HOUR = 1800  # seconds
 def _lite0(title, name, metrics, model, images):
     "A testbed with EfficientNet-Lite0"
     return Testbed(f"EfficientNet-Lite0, {title}", model, lambda: load_dataset(name), size=224, metrics=metrics,
-                   dtype=torch.bfloat16, cpu=(images, HALF_AN_HOUR))
+                   dtype=torch.bfloat16, own={"cpu": (images, HALF_AN_HOUR)})
 
 # %% ../nbs/51_testbeds.ipynb #cbfc9bb6
 def _of_excon(device, data):
@@ -129,7 +128,7 @@ def _elpv():
     "Solar cells, and a network that `TRAIN_ELPV` makes"
     model = _checkpoint("resnet18", "elpv_resnet18.pt", f". `{TRAIN_ELPV}` trains one and names its file model.pt: copy that")
     return Testbed("resnet18, ELPV solar cells", model, lambda: load_dataset("elpv", "val"), size=224, metrics=MASKED + CURVES,
-                   cpu=(200, HALF_AN_HOUR))
+                   own={"cpu": (200, HALF_AN_HOUR)})
 
 # %% ../nbs/51_testbeds.ipynb #29b7e9c4
 TESTBEDS = {
@@ -138,7 +137,7 @@ TESTBEDS = {
     "imagenet": _lite0("ImageNet samples", "imagenet_samples", MASKED + CURVES, lambda device, data: load_model(device=device), 200),
     "tiny": _lite0("Tiny ImageNet", "tiny_imagenet", LOCALIZATION + MASKED, _tiny_model, 250),
     "tiny_resnet18": Testbed("ResNet-18, Tiny ImageNet at 64 pixels", _of_excon, lambda: load_dataset("tiny_imagenet"), size=64, batch=50,
-                             dtype=torch.bfloat16),
+                             metrics=LOCALIZATION + MASKED + CURVES, dtype=torch.bfloat16),
     "elpv_resnet18": _elpv(),
     **{f"{name}_{network}": _published(network, title, name, split, score)
        for name, title, split, score in (("voc2007", "VOC 2007 test", "test", "sigmoid"), ("coco2014", "COCO 2014 val", "val", "sigmoid"))
@@ -146,7 +145,7 @@ TESTBEDS = {
     "severstal_resnet101": _published("resnet101", "Severstal", "severstal", "val", "softmax", clean="none"),
 }
 OF_PROFILE = {"smoke": ("plain",), "quick": ("plain", "residual"), "cpu": ("plain", "residual", "imagenet", "tiny", "elpv_resnet18"),
-              "gpu": ("tiny_resnet18", "plain", "residual", "imagenet", "tiny", "elpv_resnet18"),
+              "gpu": ("tiny_resnet18", "imagenet", "plain", "residual"),
               "paper": ("voc2007_vgg16", "voc2007_resnet50", "coco2014_vgg16", "coco2014_resnet50", "severstal_resnet101")}
 
 def testbeds(device="cpu") -> dict:  # by name: testbed, network and data
@@ -243,20 +242,20 @@ class Run:
                      number: int,   # of the claim in `verdicts.CLAIMS`
                      ours: str,     # the explainer that should be better
                      rivals,        # than these
-                     margin: float = 0):  # points by which it may be worse
+                     margin: float = 0,   # points by which it may be worse
+                     suffix: str = ""):   # of the metrics' names, where there is more than one of ours
         "Store the comparisons of ours with each rival on every metric of the papers' tables"
         for metric in (m for m in PAPER_METRICS if m in self.metrics):
             claimed = (-margin, None) if METRICS[metric].better == "high" else (None, margin)
-            self.claim(paper, number, METRICS[metric].label, differences(self.frame, ours, rivals, metric), claimed)
+            self.claim(paper, number, METRICS[metric].label + suffix, differences(self.frame, ours, rivals, metric), claimed)
 
 # %% ../nbs/51_testbeds.ipynb #6dca0917
-def _evaluated(bed, network, data, explainers, n, budget, device, metrics):
-    "The rows of `evaluate` on a testbed, and how many images a batch has"
+def _arguments(bed, data, n, budget, device, metrics):
+    "What `evaluate` is told about a testbed"
     images, seconds = bed.limits(min(n, len(data)), budget)
-    batch = min(bed.batch, max(1, images // 4))
-    folder = by_profile(smoke=None, quick=None, cpu=settings().reports / "evaluate")
-    return batch, evaluate(explainers, data, metrics or bed.metrics, n=images, size=bed.size, batch=batch, budget=seconds,
-                           folder=folder, device=str(device), score=bed.score, dtype=bed.dtype)
+    return {"data": data, "metrics": tuple(metrics or bed.metrics), "n": images, "size": bed.size, "budget": seconds,
+            "batch": min(bed.batch, max(1, images // 4)), "device": str(device), "score": bed.score, "dtype": bed.dtype,
+            "folder": by_profile(smoke=None, quick=None, cpu=settings().reports / "evaluate")}
 
 def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explainers of a network, by the name that tables show
                  n: int,                # images per testbed, as far as its limits and the set allow
@@ -267,11 +266,12 @@ def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explai
     "Evaluate on every testbed of the current profile that is present; from the cpu profile on it goes on where it stopped"
     runs = []
     for name, (bed, network, data) in testbeds(device).items():
-        batch, frame = _evaluated(bed, network, data, explainers(network, bed), n, budget, device, metrics)
+        about = _arguments(bed, data, n, budget, device, metrics)
+        frame = evaluate(explainers(network, bed), **about)
         counts, units = frame.groupby("explainer", sort=False).position.nunique(), frame.drop_duplicates(["position", "label"])
         print(f"{bed.title}: {counts.max()} images" + (f", {counts.min()} for the slowest" if counts.min() < counts.max() else "")
               + f"; the class that is explained is the predicted one in {(units.predicted == units.label).mean():.0%}")
-        runs.append(Run(name, bed, frame, tuple(metrics or bed.metrics), batch, data.fingerprint, str(device)))
+        runs.append(Run(name, bed, frame, about["metrics"], about["batch"], data.fingerprint, str(device)))
     return runs
 
 # %% ../nbs/51_testbeds.ipynb #0f5ba16d
@@ -287,6 +287,7 @@ def testbed_steps(explainers: Callable[[nn.Module, Testbed], dict],  # the argum
     kept = TIME_BOX in os.environ and settings().profile not in ("smoke", "quick")
     for bed, network, data in testbeds(device).values() if kept else ():
         for label, explainer in explainers(network, bed).items():
-            work = partial(_evaluated, bed, network, data, {label: explainer}, n, budget, device, metrics)
-            steps.append(Step(f"{bed.title}: {label}", bed.limits(n, budget)[1] or seconds, work))
+            one, about = {label: explainer}, _arguments(bed, data, n, budget, device, metrics)
+            steps.append(Step(f"{bed.title}: {label}", about["budget"] or seconds, partial(evaluate, one, **about),
+                              partial(is_finished, one, **about)))
     return steps

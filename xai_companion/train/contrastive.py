@@ -33,7 +33,6 @@ class Projection(nn.Sequential):
 class SupCon(Recipe, name="supcon"):
     "Supervised contrastive learning on two random views"
     parts = ("encoder", "classifier")
-    backgrounds = False  # are masked images that are not recognised negatives?
     options = {"temperature": 0.1, "base_temperature": 0.07, "dim": 128, "views": "simclr", "classifier_views": "resized_crop",
                "classifier_lr": 0.1, "staged": False}
 
@@ -96,9 +95,9 @@ class SupCon(Recipe, name="supcon"):
 
     def watch(self, log):
         rows = [row for row in log if row["part"] == "encoder"]
-        batch, rejected = self.config.batch, 1 - rows[-1]["accepted"] if self.backgrounds else 0
+        batch, backgrounds = self.config.batch, rows[-1].get("backgrounds", 0)
         message = collapse_alarm([row["loss"] for row in rows], 2 * batch, self.option["temperature"], self.option["base_temperature"],
-                                 rejected * batch * self.background_weight, window=2)
+                                 backgrounds * batch * self.background_weight, window=2)
         if message:
             warnings.warn(message, stacklevel=2)
 
@@ -107,7 +106,8 @@ class ExCon(SupCon, name="excon"):
     "SupCon in which the salient region, if it is recognised, is one of the views"
     options = SupCon.options | {"method": "gradcam", "layers": None, "explainer": {"signed": True}, "tau": 0.5, "fill": "mean",
                                 "start": 0.25}
-    notes = ("accepted",)
+    notes = ("accepted", "backgrounds")  # per image: masks that are views, masks that are negatives
+    backgrounds = False  # are masked images that are not recognised negatives?
 
     @classmethod
     def check(cls, options):
@@ -121,12 +121,13 @@ class ExCon(SupCon, name="excon"):
 
     def pairs(self, model, batch, moment, pair, generator):
         if moment.progress < self.option["start"]:
-            return Views(torch.cat(pair), batch.labels, (pair[0].new_zeros(()),))
+            return Views(torch.cat(pair), batch.labels, (pair[0].new_zeros(()),) * 2)
         masked = self.masked(model, batch, generator)
         accepted = self.accepted(model, masked, batch.labels)
         other = torch.where(accepted[:, None, None, None], masked, pair[1])
-        rest = [masked[~accepted]] if self.backgrounds else []
-        return Views(torch.cat([pair[0], other, *rest]), batch.labels, (accepted.float().mean(),))
+        rest = masked[~accepted] if self.backgrounds else masked[:0]
+        shares = accepted.float().mean(), accepted.new_tensor(len(rest) / len(masked), dtype=torch.float32)
+        return Views(torch.cat([pair[0], other, rest]), batch.labels, shares)
 
     def masked(self, model, batch, generator):
         "The images with everything hidden but the salient region"
