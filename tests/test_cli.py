@@ -1,4 +1,5 @@
 """The command as a user runs it: a process with arguments, files, an exit code and a message."""
+import os
 import signal
 import subprocess
 import sys
@@ -7,12 +8,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_paper_profile import write_tiny
 
-from xai_companion.cli import main, save_png
+from xai_companion.cli import main
+from xai_companion.commands.explain import save_png
+from xai_companion.commands.options import check_takes, names_in, parse_option
+from xai_companion.commands.train import _config, _pair, _written
+from xai_companion.core import processes
 from xai_companion.data.photos import photos
+from xai_companion.models import load_model
 
 COMMAND = Path(sys.executable).with_name("xai-companion")
+OWN = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)), None
+
+def wrong():
+    return {}["layers"]
+
+def needs(layers):
+    return None
+
+number = 3
+"""
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +88,224 @@ def test_mistakes_end_in_one_line(folder, tmp_path, monkeypatch, capsys, argumen
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder to work in: pictures in two classes, a text file, a module of one's own, one with a mistake, a small Tiny ImageNet"
+    place = tmp_path_factory.mktemp("place")
+    generator = torch.Generator().manual_seed(0)
+    for kind in ("dark", "light"):
+        (place / "pictures" / kind).mkdir(parents=True)
+        for i in range(10):
+            save_png(place / "pictures" / kind / f"{i}.png", torch.rand(3, 24, 24, generator=generator) / 2 + (kind == "light") / 2)
+    save_png(place / "cat.png", photos(64)[0])
+    (place / "notes.txt").write_text("not weights, not a folder")
+    (place / "mine.py").write_text(OWN)
+    (place / "broken.py").write_text("def make(:\n")
+    write_tiny(place / "sets" / "tiny-imagenet-200")
+    return place
+
+
+def files(place):
+    return {file for file in place.rglob("*") if "__pycache__" not in file.parts}
+
+
+MISTAKES = {
+    "train --data pictures": [
+        ("--set tau", "an option is NAME=VALUE, such as mu=0.3, got 'tau'"),
+        ("--set =3", "an option is NAME=VALUE, such as mu=0.3, got '=3'"),
+        ("--set tau=", "an option is NAME=VALUE"),
+        ("--set tau=3", "the recipe ce has no option 'tau': it has no options"),
+        ("--recipe edda --set xyz=3", "the recipe edda has no option 'xyz': it has drop_target, drop_weight,"),
+        ("--recipe edda --set taus=3", "did you mean tau"),
+        ("--recipe edda --set tau=0,5", "tau must be a number, got (0, 5)"),
+        ("--recipe supcon --set staged=maybe", "staged must be true or false, got 'maybe'"),
+        ("--smoke", "--smoke shortens the schedule of a paper and needs its name: --config NAME"),
+        ("--size 4", "the model cannot take images of 4 x 4 pixels"),
+        ("--size 4", "choose another --size; it was made for 64"),
+        ("--size 16 --model vit_b_16", "cannot take images of 16 x 16 pixels (Wrong image height! Expected 224"),
+        ("--size 0", "size must be a whole number of at least 1, got 0"),
+        ("--size -3", "size must be a whole number of at least 1, got -3"),
+        ("--batch 0", "batch must be a whole number of at least 1, got 0"),
+        ("--epochs -2", "epochs must be a whole number of at least 1, got -2"),
+        ("--images 0", "images must be a whole number of at least 1, got 0"),
+        ("--images -2", "images must be a whole number of at least 1, got -2"),
+        ("--workers -1", "workers must be a number of processes, or 0 for this one; got -1"),
+        ("--test", "--test needs the folder pictures/test, with a folder of images per class"),
+        ("--test --data tiny_imagenet --root sets", "tiny_imagenet has no test images with public labels, only train and val: leave --test out"),
+        ("--model mine:make", "train takes a network by name, not 'mine:make'"),
+        ("--weights pictures", "the weights pictures are a folder: give the file in it, such as pictures/model.pt"),
+        ("--out notes.txt", "notes.txt is a file, so there can be no folder notes.txt: name another one with --out"),
+    ],
+    "explain cat.png": [
+        ("--size 0", "size must be a whole number of at least 1, got 0"),
+        ("--classes 0", "classes must be a whole number of at least 1, got 0"),
+        ("--model plain_cnn --size 4", "the model cannot take images of 4 x 4 pixels"),
+        ("--method gradcam,", "several names stand with one comma between each two, such as gradcam,sise; got 'gradcam,'"),
+        ("--layer conv_head,,bn2", "several names stand with one comma between each two"),
+        ("--method rise --option n_mask=9", "its options are cells, chunk, dtype, fill, layers, n_masks, p, score, seed"),
+        ("--method sise --option mu=abc", "sise cannot be made with mu='abc'"),
+        ("--method sise --option mu=", "an option is NAME=VALUE"),
+        ("--out notes.txt/maps", "notes.txt is a file, so there can be no folder notes.txt/maps"),
+        ("--weights notes.txt", "notes.txt is damaged or holds no state dict"),
+        ("--model mine:make", "mine:make does not say for which images it was made: give their side with --size"),
+        ("--model mine:make --classes 2 --size 32", "--classes goes with a model by name"),
+        ("--model mine:Pair --size 32", "the model returns a tuple, not logits (N, K)"),
+        ("--model mine:wrong", "mine:wrong failed (KeyError: 'layers'): it is called without arguments"),
+        ("--model mine:needs", "mine:needs failed (TypeError: needs() missing 1 required"),
+        ("--model mine:number", "mine:number failed (TypeError: 'int' object is not callable)"),
+        ("--model broken:make", "'broken:make' names no function (SyntaxError: "),
+        ("--model :make", "':make' names no function"),
+    ],
+    "evaluate --model plain_cnn": [
+        ("--n 0", "n must be a whole number of at least 1, got 0"),
+        ("--budget nan", "budget must be above 0 seconds, got nan"),
+        ("--classes 0", "classes must be a whole number of at least 1, got 0"),
+        ("--size 4", "the model cannot take images of 4 x 4 pixels"),
+        ("--metrics ebpg,", "several names stand with one comma between each two"),
+        ("--methods gradcam,,sise", "several names stand with one comma between each two"),
+        ("--model mine:Pair", "the model returns a tuple, not logits (N, K)"),
+        ("--out notes.txt", "notes.txt is a file, so there can be no folder notes.txt"),
+    ],
+    "audit plain_cnn synthetic": [
+        ("--size 0", "size must be a whole number of at least 1, got 0"),
+        ("--batch 0", "batch must be a whole number of at least 1, got 0"),
+        ("--size 4", "the model cannot take images of 4 x 4 pixels"),
+        ("--out notes.txt/audit.html", "notes.txt is a file, so there can be no folder notes.txt: name another one with --out"),
+        ("--table notes.txt/rows.csv", "notes.txt is a file, so there can be no folder notes.txt: name another one with --table"),
+        ("--table pictures", "pictures is a folder: name the file"),
+    ],
+    "data": [
+        ("get coco2014 --split test", "coco2014 has the splits val, train, not 'test'"),
+        ("get cifar10 --root notes.txt", "notes.txt is a file, so there can be no folder notes.txt: name another one with --root"),
+    ],
+    "reproduce": [("sise --minutes -3", "minutes must be 0 (print the plan only) or more, got -3")],
+}
+
+
+@pytest.mark.parametrize("start, arguments, words", [(start, *pair) for start, pairs in MISTAKES.items() for pair in pairs])
+def test_mistakes_say_what_to_do(place, monkeypatch, capsys, start, arguments, words):
+    monkeypatch.chdir(place)
+    before = files(place)
+    device = ["--device", "cpu"] if start.split()[0] not in ("data", "reproduce") else []
+    assert main([*start.split(), *device, *arguments.split()]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.err.startswith("xai-companion: error: ") and said.err.count("xai-companion: error") == 1
+    assert not said.out and files(place) == before, "something was printed or written before the mistake was noticed"
+
+
+@pytest.mark.parametrize("words, name", [
+    (["explain", ""], "images"), (["explain", "cat.png", "--out", ""], "out"), (["evaluate", "--data", ""], "data"),
+    (["audit", "", "pictures"], "model"), (["train", "--weights", ""], "weights"), (["train", "--set", ""], "set"),
+])
+def test_an_empty_argument(place, monkeypatch, capsys, words, name):
+    monkeypatch.chdir(place)
+    assert main(words) == 2
+    assert f"{name} is empty, perhaps a variable of the shell that is not set" in capsys.readouterr().err
+
+
+def test_a_folder_that_nobody_can_write_to(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["explain", "cat.png", "--out", "/proc/maps-of-a-cat"]) == 2
+    assert "nothing can be written to /proc (" in capsys.readouterr().err
+
+
+def test_debug_shows_where_it_went_wrong(place, monkeypatch):
+    monkeypatch.chdir(place)
+    with pytest.raises(RuntimeError, match="mine:wrong failed") as error:
+        main(["--debug", "explain", "cat.png", "--model", "mine:wrong"])
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_explain_takes_a_model_of_ones_own_and_spaces(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    assert main(["explain", "cat.png", "--model", "mine:make", "--size", "48", "--method", "gradcam, saliency", "--device", "cpu",
+                 "--out", str(tmp_path / "out")]) == 0
+    assert "cat.png: class " in capsys.readouterr().out
+    with np.load(tmp_path / "out" / "maps.npz") as stored:
+        assert stored["gradcam"].shape == stored["saliency"].shape == (1, 1, 48, 48)
+
+
+def test_options_and_names():
+    assert parse_option(" mu = (0.1, 2) ") == ("mu", (0.1, 2)) and parse_option("a=b=c") == ("a", "b=c")
+    assert names_in(" a ,b:areas=(0.1, 0.2):mu=3") == ["a", "b:areas=(0.1, 0.2):mu=3"]
+    assert [_pair(text) for text in ("a=true", "a=True", "a=.5", "a=1e-3", "a=null", 'a={"mu": 0.3}', "a=sise", "a=[1, 2]")] == [
+        ("a", True), ("a", True), ("a", 0.5), ("a", 0.001), ("a", None), ("a", {"mu": 0.3}), ("a", "sise"), ("a", [1, 2])]
+
+
+def test_the_size_check_leaves_no_trace():
+    model = load_model("plain_cnn").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    check_takes(model, (64, 48))
+    assert model.training and torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ------------------------------------------------------------------ train
+
+
+def parsed(*words):
+    "The arguments of a command, parsed"
+    from xai_companion.cli import parser
+    return parser().parse_args(list(map(str, words)))
+
+
+@pytest.mark.parametrize("words, name", [
+    (["--size", 32], "ce-plain_cnn-synthetic-e2e9b3e4edb0"),
+    (["--recipe", "exconb", "--set", "tau=0.25", "--set", "method=sise"], "exconb-plain_cnn-synthetic-506c9317db3a"),
+])
+def test_a_command_has_the_folder_that_it_had(words, name):
+    assert _config(parsed("train", *words)).name == name
+
+
+def test_the_command_is_written_down():
+    args = parsed("train", "--images", 40, "--no-flip", "--epochs", 2)
+    assert _written(args, _config(args)).endswith("--model plain_cnn --epochs 2 --images 40 --no-flip")
+
+
+SHORT = ("--data", "pictures", "--size", "16", "--epochs", "1", "--batch", "8", "--device", "cpu")
+
+
+def test_only_the_first_process_speaks(place, tmp_path, monkeypatch, capsys):
+    "A process with another number trains, and leaves printing and `model.pt` with the accuracy to the first one"
+    monkeypatch.chdir(place)
+    asked = []
+    monkeypatch.setattr("xai_companion.commands.train.processes", lambda device: asked.append(device) or (1, 2))
+    assert main(["train", *SHORT, "--out", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().out == "" and asked == [torch.device("cpu")] and not list(tmp_path.rglob("curves.png"))
+    monkeypatch.setattr("xai_companion.commands.train.processes", processes)
+    assert main(["train", *SHORT, "--out", str(tmp_path / "two")]) == 0
+    assert capsys.readouterr().out.startswith("16 training and 4 validation images, 2 classes; ") and list(tmp_path.rglob("curves.png"))
+
+
+@pytest.mark.slow
+def test_train_under_torchrun(place, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "XAI_COMPANION_QUIET": "1"}
+    words = [COMMAND.with_name("torchrun"), "--standalone", "--nproc-per-node", "2", "--no-python", "--", COMMAND, "train", *SHORT,
+             "--out", tmp_path]
+    done = subprocess.run(list(map(str, words)), cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("16 training and 4 validation images") == done.stdout.count("trained in") == 1
+
+
+def test_evaluate_meets_on_the_device_that_was_chosen(place, monkeypatch, capsys):
+    "Under torchrun the device decides how the processes talk, and `auto` is no device"
+    class Met(Exception):
+        pass
+
+    def meet(device):
+        raise Met(device)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("xai_companion.commands.evaluate.processes", meet)
+    monkeypatch.setattr("xai_companion.commands.evaluate.pick_device", lambda name: torch.device("cuda", 1) if name == "mine" else None)
+    with pytest.raises(Met) as met:
+        main(["evaluate", "--model", "plain_cnn", "--device", "mine"])
+    assert met.value.args == (torch.device("cuda", 1),)
+
+
+# ------------------------------------------------------------------ the program
+
+
 def test_wrong_usage_and_version(capsys):
     for arguments, code in ((["explain"], 2), (["explian"], 2), (["--version"], 0)):
         with pytest.raises(SystemExit) as stop:
@@ -77,3 +322,23 @@ def test_ctrl_c(folder, tmp_path):
     run.send_signal(signal.SIGINT)
     message = run.communicate(timeout=60)[1]
     assert run.returncode == 130 and message.strip().endswith("interrupted") and not (tmp_path / "out").exists()
+
+
+INTERRUPTED = """
+import sys
+
+class Finder:
+    "Ctrl-C comes while PyTorch is imported"
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+from xai_companion.cli import main
+sys.exit(main(["data", "list"]))
+"""
+
+
+def test_ctrl_c_while_pytorch_is_imported():
+    run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, "interrupted\n")

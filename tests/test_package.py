@@ -26,8 +26,8 @@ import xai_companion
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("xai_companion", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff")
-WHERE_PRESENT = {"IPython": "viz.py", "pytorch_grad_cam": "bench.py", "torchcam": "bench.py",  # where it runs in a notebook; its peers
-                 "jupyter_client": "reproduce.py", "nbformat": "reproduce.py"}  # nbclient brings the two
+WHERE_PRESENT = {"IPython": {"viz.py"}, "pytorch_grad_cam": {"bench.py"}, "torchcam": {"bench.py"},  # where it runs in a notebook; its peers
+                 "jupyter_client": {"notebooks.py"}, "nbformat": {"notebooks.py", "reproduce.py"}}  # nbclient brings the two
 LAZY = ("captum", "timm", "matplotlib", "torchvision", "pandas", "skimage", "nbclient", "IPython")
 
 
@@ -118,7 +118,7 @@ def test_what_is_imported_is_declared():
     extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
     declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"] + extras}
     owners = packages_distributions()
-    odd = {name: files for name, files in shipped_modules().items() if files != {WHERE_PRESENT.get(name)}
+    odd = {name: files for name, files in shipped_modules().items() if files != WHERE_PRESENT.get(name)
            and not declared & {canonicalize_name(owner) for owner in owners.get(name, ())}}
     assert len(declared) > 10 and not odd, f"imported, but in no list of pyproject.toml: {odd}"
 

@@ -273,10 +273,21 @@ def test_collapse_is_named():
     ("edda", {"drop_target": "zero"}, "drop_target must"), ("edda", {"drop_weight": -1}, "must not be negative"),
     ("excon", {"method": "gradcan"}, "gradcam"), ("excon", {"tau": -0.1}, "tau must"), ("supcon", {"temperature": 0}, "temperature must"),
     ("supcon", {"views": "crops"}, "views must"), ("exconb", {"background_weight": -1}, "must not be negative"),
+    ("ce", {"tau": 0.5}, "no option 'tau': it has no options"), ("supcon", {"xyz": 1}, "no option 'xyz': it has base_temperature, "),
+    ("edda", {"tau": "half"}, "tau must be a number, got 'half'"), ("edda", {"tau": [0.5]}, r"tau must be a number, got \[0.5\]"),
+    ("supcon", {"staged": "False"}, "staged must be true or false, got 'False'"), ("supcon", {"staged": 1}, "staged must be true or false"),
+    ("edda", {"explainer": "sise"}, "explainer must be a dictionary, got 'sise'"),
 ])
 def test_bad_options(name, options, words):
     with pytest.raises(ValueError, match=words):
         Config(recipe=name, options=options)
+
+
+def test_an_unknown_recipe():
+    with pytest.raises(ValueError, match="no recipe is called 'excom': did you mean 'excon' or 'exconb'"):
+        get_recipe("excom")
+    with pytest.raises(ValueError, match="no recipe is called 'mixup': there are ce, cutout, edda, .*, supcon_clean_view$"):
+        get_recipe("mixup")
 
 
 def test_no_classifier_at_the_end():

@@ -33,15 +33,22 @@ def run_audit(args  # what the parser found
               ) -> int:  # exit code
     "xai-companion audit"
     from xai_companion.audit import audit
-    from xai_companion.commands.options import model_from, parse_methods
+    from xai_companion.commands.options import check_folder, check_numbers, check_takes, model_from, parse_methods
     from xai_companion.own_data import read_class_map
     from xai_companion.report import check_place
-    out, device = check_place(args.out), pick_device(args.device)
+    check_numbers(args, "n", "size", "batch", "classes")
+    for option in ("out", "table"):
+        if file := getattr(args, option):
+            check_folder(Path(file).parent, f"--{option}")
+            check_place(file)
+    out, device = Path(args.out), pick_device(args.device)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"the report is one HTML file, which a browser should know by its name: --out {out / 'audit.html'}, or {out}.html")
     model = model_from(args.model, args.weights, args.classes, device)
-    own = getattr(model, "input_size", None)
-    size = args.size or (own if isinstance(own, int) else None)
+    own = getattr(model, "input_size", None) if args.size is None else args.size
+    size = own if isinstance(own, int) else None
+    if size is not None:
+        check_takes(model, (size, size))
     explainers = parse_methods(args.method, model)
     if len(explainers) != 1:
         raise ValueError(
@@ -62,7 +69,6 @@ def run_audit(args  # what the parser found
         data_name=Path(args.data).name,
     )
     if args.table:
-        check_place(args.table)
         found.facts.assign(
             **{f"{c}_name": [found.names[i] for i in found.facts[c]] for c in ("label", "predicted")}
         ).to_csv(args.table, index=False)

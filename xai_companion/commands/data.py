@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['run_data', 'add_data']
 
+# %% ../../nbs/67a_commands.data.ipynb #24a04cbc
+from pathlib import Path
+
 # %% ../../nbs/67a_commands.data.ipynb #bd831fbe
 def _list(args):
     "Which data sets are here"
     from xai_companion.core import settings
     from xai_companion.data.datasets import DATASETS, dataset_status
-    print(f"data root: {args.root or settings().data}")
+    root = Path(args.root or settings().data)
+    print(f"data root: {root}" + ("" if root.is_dir() else " (there is no such folder)"))
     for name, row in dataset_status(args.root).iterrows():
         note = row.splits or ("" if row.status == "present" else row["how to get it"])
         print(f"{name:17}{row.status:15}{note}".rstrip())
@@ -19,7 +23,13 @@ def _list(args):
 # %% ../../nbs/67a_commands.data.ipynb #d704cd1c
 def _get(args):
     "Download a data set"
-    from xai_companion.data.datasets import get_dataset
+    from xai_companion.commands.options import check_folder
+    from xai_companion.data.datasets import DATASETS, get_dataset
+    known = DATASETS[args.name].splits if args.name in DATASETS else ()
+    if args.split and known and args.split not in known:
+        raise ValueError(f"{args.name} has the splits {', '.join(known)}, not {args.split!r}")
+    if args.root:
+        check_folder(args.root, "--root")
     folder = get_dataset(args.name, args.split, args.root, mirror=args.mirror, verify=not args.subset)
     print(f"{args.name} is in {folder}")
 

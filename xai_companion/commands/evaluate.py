@@ -28,7 +28,7 @@ def for_classes(model, data):
                              "rename them, or choose a model that was trained on them, with --model and --weights")
         return Restricted(model, [named.index(name) for name in data.classes], data.classes)
     with torch.inference_mode():
-        item = data[0].image[None].to(next(model.parameters()).device)
+        item = data[0].image[None].to(next(model.parameters(), torch.zeros(())).device)
         outputs = model(item).shape[1]
     if outputs == 1000 and hasattr(data, "imagenet_indices"):
         return Restricted(model, data.imagenet_indices, data.classes)
@@ -37,21 +37,25 @@ def for_classes(model, data):
                          f"({data.classes[0]}, ...): choose a model that was trained on these classes, with --model and --weights")
     return model
 
+# %% ../../nbs/67b_commands.evaluate.ipynb #9d4c04fc
 def run_evaluate(args) -> int:
     "xai-companion evaluate"
+    from xai_companion.commands.options import check_folder, check_numbers, check_takes, names_in
     from xai_companion.commands.options import model_from, parse_methods
     from xai_companion.data.datasets import load_dataset
     from xai_companion.evaluate import evaluate, summary
-    from xai_companion.explain.base import check_counts
-    if args.size is not None:
-        check_counts(size=args.size)
-    out, metrics, device = Path(args.out), args.metrics.split(","), pick_device(args.device)
+    check_numbers(args, "n", "size", "batch", "classes")
+    if args.budget is not None and not args.budget > 0:
+        raise ValueError(f"budget must be above 0 seconds, got {args.budget:g}")
+    out, metrics, device = check_folder(args.out), names_in(args.metrics), pick_device(args.device)
     if args.fresh and "WORLD_SIZE" in os.environ:
         raise ValueError("--fresh deletes what other processes may be writing: delete the folder before torchrun starts them")
     rank, _ = processes(device)
     name, root = ("imagefolder", args.data) if Path(args.data).is_dir() else (args.data, args.root)
     data = load_dataset(name, args.split, root=root)
-    model = for_classes(model_from(args.model, args.weights, args.classes, device), data)
+    model = model_from(args.model, args.weights, args.classes, device)
+    check_takes(model, tuple(data[0].image.shape[1:]) if args.size is None else (args.size, args.size))
+    model = for_classes(model, data)
     explainers = parse_methods(args.methods, model, args.score)
     if args.fresh:
         shutil.rmtree(out / "batches", ignore_errors=True)

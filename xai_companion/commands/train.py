@@ -15,13 +15,27 @@ import torch
 from torch import nn
 
 # %% ../../nbs/67c_commands.train.ipynb #81868e68
-from ..core import pick_device, seeded, settings
+from .options import check_folder, check_numbers, check_takes, check_weights, parse_option
+from ..core import pick_device, processes, seeded, settings
 from ..data.items import ImageSet
 from ..data.augment import AUGMENTATIONS
 from ..hooks import classifier_of, unwrapped
 from ..models import load_model
+from ..networks import SMALL
 from ..train.published import PUBLISHED
 from ..train.recipes import DTYPES, OPTIMIZERS, RECIPES, Config
+
+# %% ../../nbs/67c_commands.train.ipynb #5d187955
+def _check_test(name: str, root: str | None):
+    "Raise if the set has no test images whose classes are known"
+    from xai_companion.data.datasets import DATASETS
+    if name == "imagefolder":
+        if not (Path(root or "") / "test").is_dir():
+            raise FileNotFoundError(f"--test needs the folder {Path(root or '') / 'test'}, with a folder of images per class")
+    elif name in DATASETS and "test" not in DATASETS[name].splits:
+        here = " and ".join(DATASETS[name].splits)
+        raise ValueError(f"{name} has no test images with public labels, only {here}: leave --test out; the accuracy on the "
+                         "validation images is printed in any case")
 
 # %% ../../nbs/67c_commands.train.ipynb #db5d97d6
 def _split_off(images, labels, seed, share=5):
@@ -49,6 +63,8 @@ def read_data(name: str,              # of a set, or a folder
     from xai_companion.train.tensors import to_tensors
     if Path(name).is_dir():
         name, root = "imagefolder", name
+    if test:
+        _check_test(name, root)
     drawn = {"n": count} if count and name == "synthetic" else {}
     parts = {"train": "train"} | ({"test": "test"} if test else {})
     if name == "imagefolder":
@@ -95,13 +111,14 @@ OPTIONS = {  # a field of the config and what it is; the command has an option o
 CHOICES = {"recipe": sorted(RECIPES), "optimizer": OPTIMIZERS, "dtype": DTYPES, "augmentation": tuple(AUGMENTATIONS)}
 
 def _pair(text: str) -> tuple:
-    "NAME=VALUE, the value as JSON where it is JSON"
-    name, _, value = text.partition("=")
+    "NAME=VALUE, the value as JSON where it is JSON, else as in Python where it is Python, else text"
+    name, value = parse_option(text)
     try:
-        return name, json.loads(value)
+        return name, json.loads(text.partition("=")[2])
     except ValueError:
         return name, value
 
+# %% ../../nbs/67c_commands.train.ipynb #b9921e66
 def add_train(commands):
     "The arguments of `train`"
     p = commands.add_parser("train", help="train a classifier on a data set or on a folder of images")
@@ -120,7 +137,7 @@ def add_train(commands):
         shown = "" if own[name] is None else f" (default: {own[name]})"
         more = {"choices": CHOICES[name]} if name in CHOICES else {"type": type(own[name] or 0), "metavar": name[0].upper()}
         p.add_argument(f"--{name.replace('_', '-')}", help=what + shown, **more)
-    p.add_argument("--set", action="append", default=[], type=_pair, metavar="NAME=VALUE",
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                    help="an option of the recipe, such as tau=0.4 or method=sise")
     p.add_argument("--no-flip", action="store_true", help="do not mirror images")
     p.add_argument("--weights", metavar="FILE_OR_NAME", help="start from a checkpoint, or from what load_model calls "
@@ -152,11 +169,14 @@ def start_model(name: str,     # of `load_model`
 # %% ../../nbs/67c_commands.train.ipynb #ee7310ea
 def _config(args, **more) -> Config:
     "The config that the arguments describe"
+    if args.smoke and not args.config:
+        raise ValueError("--smoke shortens the schedule of a paper and needs its name: --config NAME; what shortens "
+                         "another run is --epochs 1 --images 64")
     base = Config()
     if args.config:
         base = PUBLISHED[args.config].smoke if args.smoke else PUBLISHED[args.config].config
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    options = (base.options if given.get("recipe", base.recipe) == base.recipe else {}) | dict(args.set)
+    options = (base.options if given.get("recipe", base.recipe) == base.recipe else {}) | dict(map(_pair, args.set))
     return Config(**(asdict(base) | given | more | {"flip": base.flip and not args.no_flip, "options": options}))
 
 def _written(args, config) -> str:
@@ -165,40 +185,62 @@ def _written(args, config) -> str:
     words = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(config).items() if k in OPTIONS and k not in ("recipe", "model")
              and v != own[k]]
     words += [f"--set {k}={json.dumps(v)}" for k, v in config.options.items()]
-    words += [f"--images {args.images}"] * bool(args.images) + ["--no-flip"] * args.no_flip + ["--test"] * args.test
+    words += [f"--images {args.images}"] * (args.images is not None)
+    words += ["--no-flip"] * args.no_flip + ["--test"] * args.test
     start = f"xai-companion train --recipe {config.recipe} --data {config.data} --model {config.model}"
     return " ".join([start, *words])
 
-def _trained(args, config, data):
-    "The run and its folder"
+def _trial(args, config) -> nn.Module:
+    "A network like the one to be trained; a mistake shows before images are read"
+    check_numbers(args, "images")
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"workers must be a number of processes, or 0 for this one; got {args.workers}")
+    if ":" in config.model:
+        raise ValueError(f"train takes a network by name, not {config.model!r}: your own one is trained in Python, by "
+                         "train.fit(config, ..., model=...)")
+    check_weights(args.weights)
+    small = args.weights is None and config.model in SMALL and config.size <= 64
+    model = load_model(config.model, args.weights, 2 if args.weights is None else None, small)
+    check_takes(model, (config.size, config.size))
+    return model
+
+def _trained(args, config, data, folder):
+    "The run"
     from xai_companion.train.loop import fit
     model = args.weights and start_model(config.model, args.weights, data["classes"], config.seed)
-    folder = Path(args.out or settings().reports / "train") / config.name
-    counts = data["count"], len(data["val"][1]), len(data["classes"])
-    print("{} training and {} validation images, {} classes; {}".format(*counts, folder))
-    return folder, fit(config, data["train"], data["val"], model, data["classes"], folder, args.device, not args.fresh,
-                       workers=args.workers, compiled=args.compile)
+    return fit(config, data["train"], data["val"], model, data["classes"], folder, args.device, not args.fresh,
+               workers=args.workers, compiled=args.compile)
 
+# %% ../../nbs/67c_commands.train.ipynb #e0fcb8b5
 def run_train(args) -> int:
     "xai-companion train"
     from xai_companion.evaluate import model_fingerprint
-    from xai_companion.train.files import learning_curves
-    from xai_companion.train.loop import loss_and_accuracy, save_weights
     first = _config(args)
-    pick_device(args.device)
-    trial = load_model(first.model, args.weights, None if args.weights else 2)  # mistakes show before images are read
+    rank, _ = processes(pick_device(args.device))
+    out = check_folder(settings().reports / "train" if args.out is None else args.out)
+    trial = _trial(args, first)
     start = f"{Path(args.weights).name} {model_fingerprint(trial)}" if args.weights else ""
-    images = args.images or (64 if args.smoke else None)
+    images = 64 if args.smoke and args.images is None else args.images
     data = read_data(args.data or first.data, args.root, first.size, images, first.seed, args.test, args.workers is not None)
     config = _config(args, data=data["name"], fingerprint=data["fingerprint"], start=start)
+    folder = out / config.name
+    if rank == 0:
+        counts = data["count"], len(data["val"][1]), len(data["classes"])
+        print("{} training and {} validation images, {} classes; {}".format(*counts, folder))
     try:
-        folder, run = _trained(args, config, data)
+        run = _trained(args, config, data, folder)
     except KeyboardInterrupt as stop:
         print(stop, file=sys.stderr)
         return 130
-    if run.rank:  # of several processes only the first one writes
-        return 0
-    more = {"command": _written(args, config)}
+    if rank == 0:
+        _report(args, run, data, folder)
+    return 0
+
+def _report(args, run, data, folder):
+    "Write `model.pt` and the curves, and say how good it is"
+    from xai_companion.train.files import learning_curves
+    from xai_companion.train.loop import loss_and_accuracy, save_weights
+    more = {"command": _written(args, run.config)}
     if args.test:
         more["test_accuracy"] = loss_and_accuracy(run.model, *(t.to(run.device) for t in data["test"]))[1]
     save_weights(run, folder / "model.pt", **more)
@@ -206,5 +248,4 @@ def run_train(args) -> int:
     last = run.log[-1]
     print(f"epoch {last['epoch']}: training accuracy {last['accuracy']:.1%}, "
           f"validation accuracy {last['val_accuracy']:.1%}" + (f", test accuracy {more['test_accuracy']:.1%}" if args.test else ""))
-    print(f"trained in {last['seconds']:.0f} s; load_model({config.model!r}, {str(folder / 'model.pt')!r}) loads it")
-    return 0
+    print(f"trained in {last['seconds']:.0f} s; load_model({run.config.model!r}, {str(folder / 'model.pt')!r}) loads it")
