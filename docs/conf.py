@@ -11,6 +11,7 @@ author = "The xai_companion contributors"
 extensions = ["myst_nb", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "sphinx_copybutton"]
 root_doc = "index"
 smartquotes = False
+highlight_language = "text"  # of blocks that name no language: mostly commands
 
 nb_execution_mode = "off"  # stored outputs only
 nb_render_markdown_format = "myst"
@@ -38,7 +39,9 @@ html_static_path = ["static"]
 html_extra_path = ["_build/examples"]  # pages that `examples.py` makes
 html_css_files = ["custom.css"]
 html_js_files = ["offline.js"]
+html_search_scorer = str(DOCS / "scorer.js")
 html_sourcelink_suffix = ""
+html_context = {"default_mode": "auto"}  # light or dark as the system has it
 html_theme_options = {
     "logo": {"text": "xai_companion"},
     "show_navbar_depth": 1,

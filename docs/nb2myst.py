@@ -14,6 +14,7 @@ import posixpath
 import re
 import shutil
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,15 @@ def link_files(text, change):
     return outside_fences(text, lambda line: target.sub(lambda match: match[1] + change(match[2]), line))
 
 
+def figure_alt(cell, said):
+    "Text in place of a figure: its `fig-alt`, or the heading and the paragraph above it; `said` is the text so far"
+    heading, _, section = re.split(r"^#+ ", said, flags=re.M)[-1].partition("\n")
+    paragraphs = [part for part in section.split("\n\n") if re.match(r"\s*[\w*`\[\"(]", part)]
+    text = cell.directive("fig-alt") or ": ".join([heading, *paragraphs[-1:]])
+    plain = re.sub(r"[*`$]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text))
+    return textwrap.shorten(plain, 300, placeholder=" ...")
+
+
 # ---- site --------------------------------------------------------------------------------------------------------
 def to_myst(text, page, folder):
     "Markdown of a notebook as MyST; links to files outside nbs/ are made relative to the staged page"
@@ -121,16 +131,18 @@ def to_myst(text, page, folder):
     return link_names(link_files(text, change), page.module)
 
 
-def code_cell(cell, page, folder):
-    "A code cell for myst-nb: tags, no directive lines, figures in the size they were drawn for"
+def code_cell(cell, page, folder, alt):
+    "A code cell for myst-nb: tags, no directive lines, figures with `alt` and in the size they were drawn for"
     metadata = {"tags": tags_of(cell)}
     for output in cell.outputs:
         for kind, size in output.get("metadata", {}).items():
             if kind.startswith("image/") and "width" in size:
-                metadata["mystnb"] = {"image": {"width": f"{size['width']}px"}}
+                metadata["mystnb"] = {"image": {"width": f"{size['width']}px", "alt": alt}}
         data = output.get("data", {})
+        for kind in data.keys() & {"text/markdown", "text/html"}:  # a number and its interval stay on one line
+            data[kind] = "".join(data[kind]).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
         if "text/markdown" in data:
-            data["text/markdown"] = to_myst("".join(data["text/markdown"]), page, folder)
+            data["text/markdown"] = to_myst(data["text/markdown"], page, folder)
     cell.remove_directives()
     source = re.sub(r"^.*#\|\s*hide_line\s*$\n?", "", cell.source, flags=re.M)
     return mk_cell(source, outputs=cell.outputs, metadata=metadata)
@@ -141,6 +153,7 @@ def page_cells(page, folder):
     about = f"*{link_names(page.about, page.module)}*" if page.about else ""
     module = f"```{{py:module}} {page.module}\n```" if page.module else ""
     yield mk_cell(f"# {page.title}\n\n{about}\n\n{module}", "markdown")
+    said = f"# {page.title}\n"
     for cell in page.cells:
         if is_hidden(cell):
             continue
@@ -148,9 +161,10 @@ def page_cells(page, folder):
         yield from (mk_cell(api_entry(page, name), "markdown") for name in names)
         if cell.cell_type == "markdown":
             cell.remove_directives()
+            said += f"\n\n{cell.source}"
             yield mk_cell(to_myst(cell.source, page, folder), "markdown")
         elif is_exported(cell) or not names:
-            yield code_cell(cell, page, folder)
+            yield code_cell(cell, page, folder, figure_alt(cell, said))
 
 
 def toctree(refs, caption=""):
@@ -226,7 +240,7 @@ def from_root(text):
     return link_files(text, lambda target: posixpath.normpath(f"nbs/{target}"))
 
 
-def readme_outputs(cell):
+def readme_outputs(cell, alt):
     "The outputs of a code cell as Markdown for GitHub; writes the figures"
     for number, output in enumerate(cell.outputs):
         data = output.get("data", {})
@@ -237,7 +251,6 @@ def readme_outputs(cell):
             file = IMAGES / f"index-{cell.id}-{number}.{figure[6:]}"
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(base64.b64decode("".join(data[figure])))
-            alt = "" if text.startswith("<") else text
             yield f"![{alt}]({file.relative_to(ROOT).as_posix()})"
         elif rich:
             yield from_root(re.sub(r"<style.*?</style>\s*", "", rich, flags=re.S).strip())
@@ -252,7 +265,7 @@ def readme():
     blocks = ["<!-- Written by docs/nb2myst.py from nbs/index.ipynb: edit that. -->", f"# {page.title}"]
     blocks.append(f"> {page.about}" if page.about else "")
     for cell in page.cells:
-        hidden, tags = is_hidden(cell), tags_of(cell)
+        hidden, tags, alt = is_hidden(cell), tags_of(cell), cell.directive("fig-alt") or ""
         cell.remove_directives()
         if hidden:
             continue
@@ -262,7 +275,7 @@ def readme():
         if "remove-input" not in tags:
             blocks.append(f"```python\n{cell.source.strip()}\n```")
         if "remove-output" not in tags:
-            blocks += readme_outputs(cell)
+            blocks += readme_outputs(cell, alt)
     (ROOT / "README.md").write_text("\n\n".join(filter(None, blocks)) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,35 @@
+"""The site, which two files of tests look at: it is built once for all processes of a run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    "A fresh build: its folder, and what Sphinx complained about"
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "docs"
+    out, complaints = place / "site", place / "complaints.txt"
+    place.mkdir(exist_ok=True)
+    with FileLock(place / "lock"):
+        if not complaints.is_file():
+            env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg", "XAI_COMPANION_QUIET": "1"}
+            command = [sys.executable, str(ROOT / "docs" / "nb2myst.py"), "html", str(out)]
+            run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+            said = (run.stdout[-1500:] + run.stderr[-4000:]).replace(str(place), "") if run.returncode else ""
+            complaints.write_text(said)
+    return out, complaints.read_text()
+
+
+@pytest.fixture(scope="session")
+def site(build):
+    if build[1]:
+        pytest.skip("the site did not build")
+    return build[0]
