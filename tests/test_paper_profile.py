@@ -1,7 +1,8 @@
-"""The paper profile from files to records, at smoke size: the papers' sets written here in their true formats, the published networks, and
-the five pages with nothing but the numbers made small."""
+"""The paper and gpu profiles from files to records, at smoke size: the papers' sets written here in their true formats, the published
+networks, and the five pages with nothing but the numbers made small."""
 import json
 import pickle
+import re
 import sys
 import zlib
 from dataclasses import replace
@@ -12,8 +13,11 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+import torchvision
+from test_corruptions import needs_shift
 from test_datasets import VOC_ONE, VOC_XML, coco_content, needs_coco, picture, write_coco, write_voc
 from test_testbeds import paper_profile, prepare  # noqa: F401
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from xai_companion import core, experiments
 from xai_companion.cli import main
@@ -22,6 +26,7 @@ from xai_companion.data.readers import imagenet_wnids
 from xai_companion.experiments import real_lab
 from xai_companion.explain import GradCAM
 from xai_companion.models import load_model
+from xai_companion.steps import OutOfTime
 from xai_companion.testbeds import OF_PROFILE, TESTBEDS, run_testbeds
 from xai_companion.train.published import PUBLISHED
 from xai_companion.viz import PhotoFigure
@@ -158,7 +163,7 @@ def eight_of_steel(root):
 
 
 def small(**sizes):
-    "Numbers as in the smoke profile, the rest as in the paper profile"
+    "Numbers as in the smoke profile, the rest as in the large ones"
     if isinstance(sizes.get("smoke"), (int, str, tuple)):
         return sizes["smoke"]
     return original(**sizes)
@@ -170,7 +175,7 @@ original = core.by_profile
 @pytest.fixture
 def page(paper_profile, own_files, monkeypatch):  # noqa: F811
     "Runs all cells of a page in the paper profile on a CPU; what they defined"
-    (paper_profile / "settings.ini").write_text("[xai_companion]\n[profile.paper]\ndevice = cpu\n")
+    monkeypatch.setenv("XAI_COMPANION_DEVICE", "cpu")
     monkeypatch.chdir(paper_profile)
     monkeypatch.setenv("XAI_COMPANION_QUIET", "1")
     monkeypatch.setattr(experiments, "SCORES", dict(experiments.SCORES))  # pages add to these two
@@ -251,3 +256,84 @@ def test_page_of_excon(page, short_schedules):
     rows = stored(page.root, "excon", "accuracy")
     assert {row["config"]["data"] for row in rows} == {"synthetic", "cifar100", "tiny_imagenet"}
     assert {"Cross-entropy", "SupCon", "ExCon", "ExConB"} <= {row["config"]["row"] for row in rows}
+
+
+# ---- the gpu profile, on a CPU ------------------------------------------------------------------------------------
+def write_samples(folder):
+    "Eight photographs of ImageNet's classes, as far as a reader can tell"
+    names = imagenet_wnids()
+    lines = ["file,wnid,class_index,name"]
+    for i, wnid in enumerate(list(names)[:8]):
+        picture(folder / "images" / f"{i}.jpg", 90, 80, seed=i)
+        lines.append(f"images/{i}.jpg,{wnid},{i},thing {i}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+class Thin(ResNet):
+    "ResNet-18 with an eighth of the channels"
+
+    def __init__(self, num_classes):
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes)
+        self.fc = torch.nn.Linear(64, num_classes)
+
+    def _make_layer(self, block, planes, *arguments, **options):
+        return super()._make_layer(block, planes // 8, *arguments, **options)
+
+
+@pytest.fixture
+def gpu_page(page, monkeypatch):
+    "The pages with short schedules and a thin ResNet-18, in a time box"
+    whole_model = torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model",
+                        lambda name, **options: Thin(options["num_classes"]) if name == "resnet18" else whole_model(name, **options))
+    write_tiny(page.root / "data" / "tiny-imagenet-200")
+    write_samples(page.root / "data" / "imagenet-samples")
+    for name, value in (("PROFILE", "gpu"), ("UNTIL", "inf")):
+        monkeypatch.setenv(f"XAI_COMPANION_{name}", value)
+    fitted = []
+
+    def fit(config, *arguments, **options):
+        fitted.append(config.recipe)
+        return whole_fit(replace(config, epochs=1, seen=None, batch=8), *arguments, **options)
+    whole_fit = experiments.fit
+    monkeypatch.setattr(experiments, "fit", fit)
+    page.fitted = fitted
+    return page
+
+
+@pytest.mark.slow
+@needs_shift
+def test_gpu_profile_of_excon_and_then_the_explainers(gpu_page, monkeypatch, capsys):
+    "The headline is trained first, its network is explained, and nothing that was done is planned again"
+    found = gpu_page("05_excon")
+    said = capsys.readouterr().out
+    assert list(found["beds"])[1:] == ["ResNet-18, Tiny ImageNet", "ResNet-18, 50 classes of Tiny ImageNet"]
+    assert re.search(r"step: 1 of \d+, ResNet-18, Tiny ImageNet: Cross-entropy, seed 0", said)
+    rows = json.loads((gpu_page.root / "reports" / "excon" / "accuracy.gpu.json").read_text())
+    assert {row["config"]["data"] for row in rows} == {"synthetic", "tiny_imagenet"} and all(np.isfinite(row["value"]) for row in rows)
+
+    gpu_page.fitted.clear()
+    monkeypatch.setenv("XAI_COMPANION_UNTIL", "0")
+    with pytest.raises(OutOfTime):
+        gpu_page("05_excon")
+    assert re.search(r"plan: 0 of \d+ steps left", capsys.readouterr().out) and not gpu_page.fitted
+
+    monkeypatch.setenv("XAI_COMPANION_UNTIL", "inf")
+    found = gpu_page("02_ada_sise")
+    said = capsys.readouterr().out
+    assert [run.name for run in found["runs"]] == list(OF_PROFILE["gpu"]) and "not run" not in said
+    assert "step: 1 of 16, ResNet-18, Tiny ImageNet at 64 pixels: SISE ..." in said
+    for run in found["runs"]:
+        assert run.frame[list(run.metrics)].notna().all().all()
+    monkeypatch.setenv("XAI_COMPANION_UNTIL", "0")
+    with pytest.raises(OutOfTime):
+        gpu_page("02_ada_sise")
+    assert "plan: 0 of 16 steps left" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_gpu_profile_of_edda(gpu_page):
+    found = gpu_page("04_edda")
+    assert list(found["beds"]) == ["resnet18", "vgg16", "resnet18_saliency"]
+    rows = json.loads((gpu_page.root / "reports" / "edda" / "place.gpu.json").read_text())
+    assert {row["config"]["on"] for row in rows} == {bed.title for bed in found["beds"].values()}
