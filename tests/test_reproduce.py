@@ -183,6 +183,14 @@ def test_the_plan_of_all_notebooks(clone, capsys, monkeypatch):
     assert reproduce(["excon"], minutes=0) == 1 and "FAILED in cell [1]" in capsys.readouterr().out
 
 
+def test_a_time_box_that_is_too_small(clone, capsys):
+    "Where a step was taken the same command goes on; where none fits, it would for ever"
+    taken = "from pathlib import Path\nfrom xai_companion.steps import Step, take_steps\nfile = Path('../../done')\n"
+    write(clone, "04_edda.ipynb", taken + "take_steps([Step('short', 1, file.touch, file.exists), Step('long', 700, print)])")
+    assert reproduce(minutes=9) == 75 and "step: 1 of 2, short" in capsys.readouterr().out
+    assert reproduce(minutes=9) == 1 and "No step fits: give more than --minutes 9" in capsys.readouterr().out
+
+
 ROWS = """import os, time
 from pathlib import Path
 from xai_companion.core import settings

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import pick_device, settings
-from .notebooks import check_tools, choose, find_papers, paper_name, run_notebook, show_plan
+from .notebooks import check_tools, choose, find_papers, paper_name, run_notebook, show_plan, steps_taken
 from .overview import claims_overview
 from .results import ANSWER, compare, load
 from .steps import TIME_BOX
@@ -33,6 +33,7 @@ class Outcome:
     seconds: float = 0.0     # how long it took
     error: str = ""          # which cell failed and why; empty when all went well
     tables: dict = field(default_factory=dict)  # name -> this run beside the stored records
+    steps: int = 0           # how many were begun
 
 # %% ../nbs/65_reproduce.ipynb #7926c96c
 MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-svg-full.js"
@@ -140,7 +141,7 @@ def _run_one(notebook, now, env):
         (now.reports / outcome.paper / f"{name}.{now.profile}.json").unlink()
     start = time.perf_counter()
     executed, outcome.error = run_notebook(notebook, env)
-    outcome.seconds = time.perf_counter() - start
+    outcome.seconds, outcome.steps = time.perf_counter() - start, steps_taken(executed)
     nbformat.write(executed, now.reports / notebook.name)
     (now.reports / f"{notebook.stem}.html").write_text(_page(executed, notebook, now.reports), encoding="utf-8")
     outcome.tables = {} if outcome.paper == "bench" else {name: compare(outcome.paper, name, stored.get(name, []))
@@ -178,7 +179,7 @@ def reproduce(papers: list[str] | None = None,  # names such as "sise"; default:
               record: bool = False,             # also write the records into results/
               minutes: float | None = None,     # begin no step that should end later; 0: print the plan; default: no limit
               check: bool = False,              # run a sample, and fail when a row does not agree
-              ) -> int:  # exit status: 0, 1 when a notebook failed, 75 when the time was over, 130 after Ctrl-C
+              ) -> int:  # exit status: 0, 1 when a notebook failed or no step fits, 75 when the time was over, 130 after Ctrl-C
     "Run the notebooks of the papers in the current profile and write a report"
     check_tools()
     now = settings()
@@ -200,7 +201,10 @@ def reproduce(papers: list[str] | None = None,  # names such as "sise"; default:
     (now.reports / "index.html").write_text(_index(outcomes, now.profile), encoding="utf-8")
     _tell(outcomes, now.reports)
     if "OutOfTime: " in outcomes[-1].error:
-        return OUT_OF_TIME
+        if any(outcome.steps for outcome in outcomes):
+            return OUT_OF_TIME
+        print(f"No step fits: give more than --minutes {minutes:g}")
+        return 1
     wrong = _disagreeing(outcomes) if check else []
     print("".join(f"Does not agree: {row}\n" for row in wrong), end="")
     return int(bool(wrong) or any(o.error for o in outcomes))
