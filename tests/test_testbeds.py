@@ -98,7 +98,8 @@ def test_limits_of_photographs(monkeypatch):
         "plain": (1000, 250), "imagenet": (200, 1800), "tiny": (250, 1800), "elpv_resnet18": (200, 1800)}
     assert TESTBEDS["tiny"].limits(8, 250) == (8, 1800)
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
-    assert {bed.limits(1000, 60) for bed in beds.values()} == {(1000, 60)}
+    assert {name: bed.limits(1000, 60) for name, bed in beds.items()} == {
+        "plain": (500, 8), "imagenet": (1000, 60), "tiny": (1000, 60), "elpv_resnet18": (1000, 60)}
 
 
 def test_limits_reach_the_evaluation(monkeypatch, tmp_path):
@@ -109,7 +110,7 @@ def test_limits_reach_the_evaluation(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(testbeds, "evaluate", evaluate)
-    monkeypatch.setitem(TESTBEDS, "plain", replace(TESTBEDS["plain"], cpu=(7, 1800)))
+    monkeypatch.setitem(TESTBEDS, "plain", replace(TESTBEDS["plain"], own={"cpu": (7, 1800)}))
     monkeypatch.setitem(OF_PROFILE, "cpu", ("plain",))
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
     monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
