@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from xai_companion.hooks import classifier_of
 from xai_companion.models import load_model
 from xai_companion.train import RECIPES, Batch, Config, Moment, fit, get_recipe
 from xai_companion.train.files import COLUMNS
-from xai_companion.train.losses import supcon_loss
+from xai_companion.train.losses import collapsed_value, supcon_loss
 from xai_companion.train.published import PUBLISHED
 
 NAMES = ("ce cutout random_occlusion edda edda_random_class supcon supcon_clean_view excon exconb excon_random_mask "
@@ -251,6 +252,19 @@ def test_parts_learn_apart(staged):
         for own, ps in weights.items():
             assert all(torch.equal(a, b) for a, b in zip(before[own], ps, strict=True)) == (own != part)
         assert torch.equal(statistics, run.model[1].running_mean) == (part == "classifier")
+
+
+@pytest.mark.parametrize("name, shares", [("supcon", {}), ("excon", {"accepted": 0.3, "backgrounds": 0.0}),
+                                          ("exconb", {"accepted": 0.0, "backgrounds": 0.0}), ("exconb", {"accepted": 0.5, "backgrounds": 0.5})])
+def test_collapse_is_measured_with_the_backgrounds_that_were_there(name, shares):
+    "Before its start ExConB has none, and then the plateau is that of SupCon"
+    recipe = get_recipe(name)(Config(recipe=name, batch=64))
+    value = collapsed_value(128, background=64 * shares.get("backgrounds", 0))
+    with pytest.warns(UserWarning, match="collapsed network"):
+        recipe.watch([{"part": "encoder", "loss": value} | shares] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recipe.watch([{"part": "encoder", "loss": 0.95 * value} | shares] * 2)
 
 
 def test_collapse_is_named():
