@@ -34,7 +34,7 @@ from .masking import default_chunk, normalize_map
 from .models import last_conv, load_model
 from .records import record, record_key
 from .results import save, show
-from .steps import Step, take_steps
+from .steps import PLANNED, Step, take_steps
 from .train.files import write_whole
 
 # %% ../nbs/66_bench.ipynb #06202ba1

@@ -22,7 +22,7 @@ from .core import pick_device, settings
 from .notebooks import check_tools, choose, find_papers, paper_name, run_notebook, show_plan, steps_taken
 from .overview import claims_overview
 from .results import ANSWER, compare, load
-from .steps import TIME_BOX
+from .steps import PLANNED, TIME_BOX
 
 # %% ../nbs/65_reproduce.ipynb #dcc7b568
 @dataclass
@@ -186,7 +186,8 @@ def reproduce(papers: list[str] | None = None,  # names such as "sise"; default:
     notebooks = choose(find_papers(), papers or (SAMPLE if check else None), now.profile)
     if minutes == 0:
         with tempfile.TemporaryDirectory() as scratch:
-            return show_plan(notebooks, _environment(now, papers, False, scratch, 0) | {"XAI_COMPANION_DEVICE": "cpu"}, now.profile)
+            elsewhere = {"XAI_COMPANION_DEVICE": "cpu", PLANNED: now.device}
+            return show_plan(notebooks, _environment(now, papers, False, scratch, 0) | elsewhere, now.profile)
     pick_device(now.device)
     if record and now.profile == "smoke":
         raise ValueError("the smoke profile is never recorded: choose another with XAI_COMPANION_PROFILE")

@@ -26,7 +26,7 @@ from .explain import (RISE, SISE, AdaSISE, ExtremalPerturbation, FullGrad, GradC
 from .metrics import METRICS, Metric
 from .models import load_model
 from .results import save_row
-from .steps import TIME_BOX, Step
+from .steps import PLANNED, TIME_BOX, Step
 from .verdicts import save_comparisons
 
 # %% ../nbs/51_testbeds.ipynb #2e17b9c7
@@ -289,5 +289,5 @@ def testbed_steps(explainers: Callable[[nn.Module, Testbed], dict],  # the argum
         for label, explainer in explainers(network, bed).items():
             one, about = {label: explainer}, _arguments(bed, data, n, budget, device, metrics)
             steps.append(Step(f"{bed.title}: {label}", about["budget"] or seconds, partial(evaluate, one, **about),
-                              partial(is_finished, one, **about)))
+                              partial(is_finished, one, **about | {"device": os.environ.get(PLANNED, about["device"])})))
     return steps
