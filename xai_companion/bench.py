@@ -370,7 +370,7 @@ def bench_steps(device: str,   # where everything runs
     "All measurements, as steps"
     steps = []
     for number, (name, (tables, work)) in enumerate(measurements(device).items()):
-        key = record_key({"package": __version__, "device": device, "profile": settings().profile})
+        key = record_key({"package": __version__, "device": device})
         file = folder / f"{number:02d}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{key}.json"
         steps.append(Step(f"bench: {name}", 60 if "compiled" in name else 20, partial(_measure, tables, work, file), file.is_file))
     return steps
@@ -388,7 +388,7 @@ def bench(record: bool = False  # store in results/bench/?
     os.environ["XAI_COMPANION_REPORT"] = "1"
     if record:
         os.environ["XAI_COMPANION_RECORD"] = "1"
-    start, folder = time.perf_counter(), settings().reports / "bench" / "measured"
+    start, folder = time.perf_counter(), settings().reports / "bench" / "measured" / settings().profile
     shutil.rmtree(folder, ignore_errors=True)
     for step in bench_steps(str(pick_device(settings().device)), folder):
         step.run()
