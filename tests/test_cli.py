@@ -214,6 +214,8 @@ def test_debug_shows_where_it_went_wrong(place, monkeypatch):
     with pytest.raises(RuntimeError, match="mine:wrong failed") as error:
         main(["--debug", "explain", "cat.png", "--model", "mine:wrong"])
     assert isinstance(error.value.__cause__, KeyError)
+    with pytest.raises(RuntimeError, match="mine:wrong failed"):
+        main(["explain", "cat.png", "--model", "mine:wrong", "--debug"])
 
 
 def test_explain_takes_a_model_of_ones_own_and_spaces(place, tmp_path, monkeypatch, capsys):
@@ -312,6 +314,17 @@ def test_wrong_usage_and_version(capsys):
             main(arguments)
         assert stop.value.code == code
     assert "xai_companion" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, answer", [
+    ("train --n 64", "xai-companion train: error: unknown argument --n, did you mean --seen?"),
+    ("train --no 64", "unknown argument --no, did you mean --out or --no-flip or --seen?"), ("explain a --methods=sise", "did you mean --method or --model?"),
+    ("data list --rot x", "xai-companion data list: error: unknown argument --rot, did you mean --root?"),
+    ("bench now", "unknown argument now: xai-companion bench --help lists all")])
+def test_options_are_written_in_full(capsys, words, answer):
+    with pytest.raises(SystemExit) as stop:
+        main(words.split())
+    assert stop.value.code == 2 and answer in capsys.readouterr().err
 
 
 def test_ctrl_c(folder, tmp_path):
