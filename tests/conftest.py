@@ -1,4 +1,4 @@
-"""The site, which two files of tests look at: it is built once for all processes of a run."""
+"""What several files of tests need: the site, built once for all processes of a run, and a device that is pretended."""
 
 import os
 import subprocess
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from pretended import AVAILABLE, register
 
 ROOT = Path(__file__).resolve().parent.parent
+if AVAILABLE:
+    register()
 
 
 @pytest.fixture(scope="session")

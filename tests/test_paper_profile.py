@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from pretended import AVAILABLE, NAME, pretending
 from test_corruptions import needs_shift
 from test_datasets import VOC_ONE, VOC_XML, coco_content, needs_coco, picture, write_coco, write_voc
 from test_testbeds import paper_profile, prepare  # noqa: F401
@@ -337,3 +338,14 @@ def test_gpu_profile_of_edda(gpu_page):
     assert list(found["beds"]) == ["resnet18", "vgg16", "resnet18_saliency"]
     rows = json.loads((gpu_page.root / "reports" / "edda" / "place.gpu.json").read_text())
     assert {row["config"]["on"] for row in rows} == {bed.title for bed in found["beds"].values()}
+
+
+# ---- the pages on a device that is not the CPU ----------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.skipif(not AVAILABLE, reason="this torch cannot pretend a device")
+@pytest.mark.parametrize("name", [file.stem for file in sorted((ROOT / "nbs" / "papers").glob("0*.ipynb"))])
+def test_page_on_a_device_that_is_pretended(page, monkeypatch, name):
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
+    monkeypatch.setenv("XAI_COMPANION_DEVICE", NAME)
+    with pretending() as device:
+        assert page(name)["device"] == device

@@ -17,6 +17,7 @@ from xai_companion.hooks import classifier_of
 from xai_companion.models import load_model
 from xai_companion.train import RECIPES, Batch, Config, Moment, fit, get_recipe
 from xai_companion.train.files import COLUMNS
+from xai_companion.train.loop import prepare
 from xai_companion.train.losses import collapsed_value, supcon_loss
 from xai_companion.train.published import PUBLISHED
 
@@ -290,11 +291,19 @@ def test_collapse_is_named():
     ("ce", {"tau": 0.5}, "no option 'tau': it has no options"), ("supcon", {"xyz": 1}, "no option 'xyz': it has base_temperature, "),
     ("edda", {"tau": "half"}, "tau must be a number, got 'half'"), ("edda", {"tau": [0.5]}, r"tau must be a number, got \[0.5\]"),
     ("supcon", {"staged": "False"}, "staged must be true or false, got 'False'"), ("supcon", {"staged": 1}, "staged must be true or false"),
-    ("edda", {"explainer": "sise"}, "explainer must be a dictionary, got 'sise'"),
+    ("edda", {"explainer": "sise"}, "explainer must be a dictionary, got 'sise'"), ("edda", {"share": "x"}, "share must be a number"),
+    ("edda", {"method": "Grad-CAM++"}, "did you mean 'gradcampp'"), ("edda", {"method": 5}, "unknown method 5"),
 ])
 def test_bad_options(name, options, words):
     with pytest.raises(ValueError, match=words):
         Config(recipe=name, options=options)
+
+
+@pytest.mark.parametrize("name", EXPLAINING)
+@pytest.mark.parametrize("layer, words", [("layer4", "no layer 'layer4'"), ("8", "not maps")])
+def test_a_layer_that_gives_no_maps_is_an_error_before_the_first_step(name, layer, words):
+    with pytest.raises(ValueError, match=words):
+        prepare(config(name, options={"layers": layer}), toy(), None, net(), list("abcd"), torch.device("cpu"))
 
 
 def test_an_unknown_recipe():

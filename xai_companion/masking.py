@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../nbs/07_masking.ipynb #46142d3c
-from .core import progress
+from .core import progress, span
 from .hooks import evaluating
 from .models import Normalized
 from .scores import check_logits, check_score, check_target, scores_at
@@ -134,8 +134,9 @@ def _check_pairs(images, masks, image_index, target, shift):
     index = torch.as_tensor(image_index, device=images.device)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(f"image_index must be (M,) whole numbers, got {tuple(index.shape)} of {index.dtype}")
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(images):
-        raise ValueError(f"image_index names images {int(index.min())} to {int(index.max())}, there are 0 to {len(images) - 1}")
+    low, high = span(index) if len(index) else (0, 0)
+    if not 0 <= low <= high < len(images):
+        raise ValueError(f"image_index names images {low} to {high}, there are 0 to {len(images) - 1}")
     if target is None:
         raise ValueError("target is needed: the class of each image, for example model(images).argmax(1)")
     if isinstance(masks, Tensor) and (masks.dim() != 4 or masks.shape[1] != 1 or len(masks) != len(index)):

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# %% ../nbs/06a_scores.ipynb #8e1d60a4
+from .core import span
+
 # %% ../nbs/06a_scores.ipynb #ece7e513
 def check_logits(logits, n: int) -> Tensor:
     "The logits, if they are a tensor (n, K)"
@@ -33,7 +36,7 @@ def check_target(target,       # an int, a list of ints or a tensor (N,)
         raise TypeError(f"target must be class indices, got {target.dtype}")
     if target.dim() > 1 or (target.dim() == 1 and len(target) != n):
         raise ValueError(f"target must be one class or one per image: {n} images, target of shape {tuple(target.shape)}")
-    low, high = (v.item() for v in target.aminmax())
+    low, high = span(target)
     if low < 0 or high >= classes:
         raise ValueError(f"target {low if low < 0 else high} is out of range: the model has the classes 0 to {classes - 1}")
     return target.long().expand(n)

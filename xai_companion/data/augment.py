@@ -33,6 +33,10 @@ def _chosen(count: int, p: float, generator: torch.Generator) -> Tensor:
         raise ValueError(f"p is a probability, from 0 to 1, got {p!r}")
     return (torch.rand(count, generator=generator) < p).nonzero()[:, 0]
 
+def _sent(drawn: Tensor, images: Tensor) -> Tensor:
+    "What was drawn, on the device of the images; a GPU need not finish its work first"
+    return drawn.to(images.device, non_blocking=True)
+
 # %% ../../nbs/21a_data.augment.ipynb #701b1786
 def random_crop(images: Tensor,              # uint8 or float (N, C, H, W)
                 pad: int,                    # margin in pixels; 0: no crop
@@ -49,7 +53,7 @@ def random_crop(images: Tensor,              # uint8 or float (N, C, H, W)
     along = torch.arange(width)
     rows = corner[0] + torch.arange(height)
     columns = corner[1] + torch.where(mirror, along.flip(0), along)
-    rows, columns = rows.to(images.device), columns.to(images.device)
+    rows, columns = _sent(rows, images), _sent(columns, images)
     place = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).flatten(1)
     wide = F.pad(images, [pad] * 4).flatten(2)
     return wide.gather(2, place[:, None].expand(-1, channels, -1)).view(images.shape)
@@ -60,7 +64,7 @@ def random_flip(images: Tensor,              # uint8 or float (N, C, H, W)
                 ) -> Tensor:                 # like `images`
     "Some of the images mirrored"
     _check(images)
-    rows = _chosen(len(images), p, generator).to(images.device)
+    rows = _sent(_chosen(len(images), p, generator), images)
     return images.index_copy(0, rows, images.index_select(0, rows).flip(-1))
 
 # %% ../../nbs/21a_data.augment.ipynb #7ff32e99
@@ -107,9 +111,8 @@ def resized_crops(images: Tensor,  # uint8 or float (N, C, H, W)
     count, _, height, width = images.shape
     top, left, h, w = boxes.float().unbind(1)
     never = torch.zeros(count, dtype=torch.bool)
-    y = _places(top, h, height, never).to(images.device)[:, :, None].expand(-1, -1, width)
-    x = _places(left, w, width, never if mirror is None else mirror).to(images.device)[:, None, :]
-    x = x.expand(-1, height, -1)
+    y = _sent(_places(top, h, height, never), images)[:, :, None].expand(-1, -1, width)
+    x = _sent(_places(left, w, width, never if mirror is None else mirror), images)[:, None, :].expand(-1, height, -1)
     return F.grid_sample(_floats(images), torch.stack([x, y], 3), padding_mode="border", align_corners=False)
 
 def random_resized_crop(images: Tensor,              # uint8 or float (N, C, H, W)
@@ -162,7 +165,7 @@ ADJUSTMENTS = {"brightness": _brightness, "contrast": _contrast, "saturation": _
 def _adjust(images: Tensor, factors: dict[str, Tensor]) -> Tensor:
     "Change float images in place; on the CPU a few at a time, which stay in the cache"
     chunk = max(1, 2**16 // images[0, 0].numel()) if images.device.type == "cpu" else len(images)
-    factors = {name: values.to(images.device).view(-1, 1, 1, 1).split(chunk) for name, values in factors.items()}
+    factors = {name: _sent(values, images).view(-1, 1, 1, 1).split(chunk) for name, values in factors.items()}
     for number, part in enumerate(images.split(chunk)):
         for name, values in factors.items():
             ADJUSTMENTS[name](part, values[number])
@@ -200,7 +203,7 @@ def color_jitter(images: Tensor,              # uint8 or float (N, 3, H, W)
     rows, images = _chosen(len(images), p, generator), _floats(images)
     if not len(rows):
         return images
-    there = rows.to(images.device)
+    there = _sent(rows, images)
     changed = _adjust(images.index_select(0, there), {name: factors[name][rows] for name in order if strength[name]})
     return images.index_copy_(0, there, changed)
 
@@ -210,7 +213,7 @@ def random_grayscale(images: Tensor,              # uint8 or float (N, 3, H, W)
                      ) -> Tensor:                 # float32 (N, 3, H, W) in [0, 1]
     "Some of the images in grey"
     _check(images, 3)
-    rows, images = _chosen(len(images), p, generator).to(images.device), _floats(images)
+    rows, images = _sent(_chosen(len(images), p, generator), images), _floats(images)
     return images.index_copy_(0, rows, _grey(images.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 # %% ../../nbs/21a_data.augment.ipynb #1d71bab0
@@ -227,7 +230,7 @@ def cutout(images: Tensor,              # uint8 or float (N, C, H, W)
     for length in images.shape[2:]:
         start = torch.randint(length, (len(images), 1), generator=generator) - side // 2
         along = torch.arange(length)
-        inside.append(((along >= start) & (along < start + side)).to(images.device))
+        inside.append(_sent((along >= start) & (along < start + side), images))
     hole = (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(images.dtype)
     images = images * (1 - hole)
     return images.add_(hole, alpha=round(255 * fill) if images.dtype == torch.uint8 else fill) if fill else images

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 # %% ../../nbs/21_data.loader.ipynb #9c46b234
+from ..core import span
 from .items import ImageSet, resized
 from .readers import DataError, Indexed
 
@@ -36,7 +37,7 @@ def as_bytes(image: Tensor,  # float, should lie in [0, 1]
              name: str,      # of the file, for the message
              ) -> Tensor:    # uint8, same shape
     "An image in [0, 1] as bytes"
-    low, high = (v.item() for v in image.aminmax())
+    low, high = span(image)
     if low != low or high != high:
         raise ValueError(f"{name}: NaN in the pixels, remove or mend the image")
     if low < -1e-4 or high > 1 + 1e-4:

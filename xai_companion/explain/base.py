@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/10_explain.base.ipynb #820f94b0
-from ..core import seeded
+from ..core import seeded, span
 from ..hooks import capture, evaluating
 from ..masking import masked_scores, normalize_map, upsample
 from ..models import last_conv
@@ -34,7 +34,7 @@ def check_images(images: Tensor,    # should be float (N, C, H, W) in [0, 1]
         raise ValueError(f"the batch is empty: images are {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"images must be float in [0, 1], got {images.dtype}: divide by 255")
-    low, high = (v.item() for v in images.aminmax())
+    low, high = span(images)
     if low != low or high != high:
         raise ValueError("the images contain NaN")
     if low < -1e-4 or high > 1 + 1e-4:
@@ -185,7 +185,7 @@ class MaskedExplainer(Explainer):
 def get_explainer(name: str) -> type:
     "The explainer class registered as `name`"
     if name not in EXPLAINERS:
-        close = difflib.get_close_matches(name, EXPLAINERS, 3)
+        close = difflib.get_close_matches(str(name).lower().replace("-", "").replace("+", "p"), EXPLAINERS, 3)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ValueError(f"unknown method {name!r}: {hint}There are {', '.join(sorted(EXPLAINERS))}.")
     return EXPLAINERS[name]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..core import progress
 from .base import Explainer, check_counts
 from ..masking import upsample
-from ..scores import check_score, class_scores
+from ..scores import check_score, scores_at
 
 # %% ../../nbs/17_explain.extremal.ipynb #e1693cbe
 def area_penalty(mask: Tensor,   # (P, 1, H, W) in [0, 1]
@@ -124,7 +124,7 @@ class MaskSearch(Explainer):
         seen = perturb(pyramid, mask)
         if self.jitter and step % 2:
             seen = seen.flip(-1)
-        score = class_scores(self.model(seen), target, len(seen), self.score)
+        score = scores_at(self.model(seen), target, self.score)
         return self.area_weight * self.growth**step * area_penalty(mask, areas, tied=step == 0) - score
 
     def search(self, pyramid, areas, target):

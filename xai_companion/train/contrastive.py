@@ -126,7 +126,7 @@ class ExCon(SupCon, name="excon"):
         accepted = self.accepted(model, masked, batch.labels)
         other = torch.where(accepted[:, None, None, None], masked, pair[1])
         rest = masked[~accepted] if self.backgrounds else masked[:0]
-        shares = accepted.float().mean(), accepted.new_tensor(len(rest) / len(masked), dtype=torch.float32)
+        shares = accepted.float().mean(), accepted.new_full((), len(rest) / len(masked), dtype=torch.float32)
         return Views(torch.cat([pair[0], other, rest]), batch.labels, shares)
 
     def masked(self, model, batch, generator):

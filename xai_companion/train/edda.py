@@ -7,6 +7,7 @@ __all__ = ['FILLS', 'check_options', 'maps_of', 'EDDA', 'RandomOcclusion', 'othe
 
 # %% ../../nbs/42c_train.edda.ipynb #e7f328ea
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/42c_train.edda.ipynb #61c33ef7
@@ -28,8 +29,8 @@ def check_options(options: dict  # of a recipe that uses explanations
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
     for name in ("tau", "share", "start", "p"):
         value = options.get(name)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {value!r}")
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
     for name in ("keep_weight", "drop_weight", "background_weight"):
         if options.get(name, 0) < 0:
             raise ValueError(f"{name} must not be negative, got {options[name]!r}")
@@ -45,6 +46,8 @@ def maps_of(model,
     def maps(images, labels):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return make(images, labels)
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    maps(torch.zeros(1, channels, config.size, config.size, device=next(model.parameters()).device), [0])
     return maps
 
 # %% ../../nbs/42c_train.edda.ipynb #c69ab424
@@ -130,7 +133,7 @@ def other_classes(labels: torch.Tensor,  # (B,)
                   ) -> torch.Tensor:     # (B,)
     "For each label a random other class"
     count = classifier_of(model)[1].out_features
-    return (labels + torch.randint(1, count, labels.shape, generator=generator).to(labels)) % count
+    return (labels + torch.randint(1, count, labels.shape, generator=generator).to(labels, non_blocking=True)) % count
 
 class EDDARandomClass(EDDA, name="edda_random_class"):
     "EDDA with the map of a random other class"

@@ -154,7 +154,7 @@ class Run:
         count = len(views.labels)
         right = views.labels.new_zeros(()) if logits is None else (logits.argmax(1) == views.labels).sum()
         notes = views.notes or (right.new_zeros(()),) * len(self.recipe.notes)
-        self.sums += torch.stack([loss.detach().float() * count, right, right.new_tensor(count), *(note * count for note in notes)])
+        self.sums += torch.stack([loss.detach().float() * count, right, right.new_full((), count), *(note * count for note in notes)])
         self.done += 1
 
     @property

@@ -119,7 +119,8 @@ def _checked(z, labels, background):
     _check_tensor(background, "background", "(M, D)", 2)
     if background.shape[1] != z.shape[-1]:
         raise ValueError(f"background must have the D of z, {z.shape[-1]}, got {tuple(background.shape)}")
-    _check_unit(background, "background")
+    if len(background):
+        _check_unit(background, "background")
     z = _wide(z)
     return z, labels.to(z.device, torch.long), background.to(z)
 

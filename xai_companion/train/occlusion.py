@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/40_train.occlusion.ipynb #19a3ae58
+from ..core import span
 from ..explain import get_explainer
 from ..explain.base import check_counts
 from ..hooks import find_layers, plain_module
@@ -68,8 +69,9 @@ def stage_conv(model: nn.Module,  # a CNN; wrappers are transparent
 # %% ../../nbs/40_train.occlusion.ipynb #27ec8ccc
 def _scaled(maps):
     "The maps, if they are in [0, 1]"
-    if maps.numel() and not 0 <= maps.min() <= maps.max() <= 1:
-        raise ValueError(f"the maps span [{maps.min():.3g}, {maps.max():.3g}], not [0, 1]: scale them with normalize_map")
+    low, high = span(maps) if maps.numel() else (0, 0)
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"the maps span [{low:.3g}, {high:.3g}], not [0, 1]: scale them with normalize_map")
     return maps
 
 def salient(maps: Tensor,        # float (N, 1, H, W)
@@ -118,11 +120,12 @@ def random_masks(counts: Tensor,              # (N,) whole numbers from 0 to H *
     counts, (height, width) = torch.as_tensor(counts), size
     if counts.dim() != 1 or not len(counts) or counts.is_floating_point() or counts.dtype == torch.bool:
         raise ValueError(f"counts must be (N,) whole numbers, got {tuple(counts.shape)} of {counts.dtype}: masks.sum((1, 2, 3))")
-    if not 0 <= counts.min() <= counts.max() <= height * width:
-        raise ValueError(f"counts must lie between 0 and {height * width} pixels, got {counts.min()} to {counts.max()}")
+    low, high = span(counts)
+    if not 0 <= low <= high <= height * width:
+        raise ValueError(f"counts must lie between 0 and {height * width} pixels, got {low} to {high}")
     grid = [-(-side // cell) + 2 for side in size]
-    noise = torch.randn(len(counts), 1, *grid, generator=generator).to(counts.device)
-    shift = (torch.randint(cell, (2, len(counts)), generator=generator) + cell // 2).to(counts.device)
+    noise = torch.randn(len(counts), 1, *grid, generator=generator).to(counts.device, non_blocking=True)
+    shift = (torch.randint(cell, (2, len(counts)), generator=generator) + cell // 2).to(counts.device, non_blocking=True)
     wide = F.interpolate(noise, scale_factor=cell, mode="bicubic")
     every = torch.arange(len(counts), device=counts.device)
     noise = wide.unfold(2, height, 1).unfold(3, width, 1)[every, :, shift[0], shift[1]]
@@ -149,8 +152,9 @@ def _rows(index, cache):
     index = torch.as_tensor(index, device=cache.maps.device)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(f"index must be (N,) whole numbers, got {tuple(index.shape)} of {index.dtype}")
-    if len(index) and not 0 <= index.min() <= index.max() < len(cache.maps):
-        raise ValueError(f"the cache has the images 0 to {len(cache.maps) - 1}, got {index.min()} to {index.max()}")
+    low, high = span(index) if len(index) else (0, 0)
+    if not 0 <= low <= high < len(cache.maps):
+        raise ValueError(f"the cache has the images 0 to {len(cache.maps) - 1}, got {low} to {high}")
     return index
 
 # %% ../../nbs/40_train.occlusion.ipynb #7acaf587

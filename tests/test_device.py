@@ -1,0 +1,203 @@
+"""Explainers, metrics and training on a device that is not the CPU: a pretended one, see `pretended`."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from pretended import AVAILABLE, NAME, pretending, waits
+
+from xai_companion.audit import audit
+from xai_companion.core import pick_device
+from xai_companion.data.augment import AUGMENTATIONS, augmented
+from xai_companion.data.loader import Streamed
+from xai_companion.data.synthetic import Synthetic
+from xai_companion.evaluate import evaluate
+from xai_companion.experiments import (
+    calibration_scores,
+    creatures_lab,
+    explanation_scores,
+    neighbour_scores,
+    robustness_scores,
+)
+from xai_companion.explain import EXPLAINERS, RISE, GradCAM, explain, get_explainer
+from xai_companion.metrics import METRICS
+from xai_companion.models import load_model
+from xai_companion.train.checkpoint import save_run
+from xai_companion.train.loop import fit, prepare
+from xai_companion.train.recipes import RECIPES, Config
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot pretend a device")
+
+SHORT = {"rise": {"n_masks": 20}, "integrated_gradcam": {"steps": 4}, "shapley": {"samples": 1, "cells": 3}, "extremal": {"steps": 3},
+         "smoothgrad": {"samples": 2}, "integrated_gradients": {"steps": 4}, "occlusion": {"cells": 3}}
+
+
+@pytest.fixture
+def device():
+    with pretending() as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def images():
+    return Synthetic("test", n=4, size=32).batch(range(4)).image
+
+
+@pytest.fixture(scope="module")
+def training():
+    labels = torch.arange(16) % 4
+    return torch.randint(256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte(), labels
+
+
+def config(recipe, **changes):
+    "Two epochs of two steps, with explanations from the first step"
+    options = {"start": 0.0} if "start" in RECIPES[recipe].options else {}
+    return Config(recipe=recipe, model="plain_cnn", size=32, batch=8, epochs=2, dtype="float32", options=options | changes)
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    "Under torchrun `cuda` is the GPU of the process; a GPU that is named is that one"
+    monkeypatch.setattr(torch, "empty", lambda *size, device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+    assert pick_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("cuda") == pick_device() == torch.device("cuda", 1)
+    assert pick_device("cuda:0") == torch.device("cuda", 0) and pick_device("cpu") == torch.device("cpu")
+    assert [str(device) for device in asked] == ["cuda", "cuda:1", "cuda:1", "cuda:0", "cpu"]
+
+
+# ---- the device itself --------------------------------------------------------------------------------------------
+def test_it_refuses_what_cuda_refuses(device):
+    here, there = torch.ones(3), torch.ones(3, device=device)
+    for mix in (lambda: here + there, lambda: torch.cat([here, there]), lambda: torch.where(there > 0, here, 0.0), lambda: here[there > 0],
+                lambda: torch.nn.functional.cross_entropy(there[None], torch.tensor([1])), lambda: there.index_select(0, torch.tensor([0]))):
+        with pytest.raises(RuntimeError, match="same device|different"):
+            mix()
+    with pytest.raises((TypeError, RuntimeError)):
+        there.numpy()
+    assert (there * torch.tensor(2.0)).tolist() == [2, 2, 2] and there[torch.tensor([0, 2])].device == device
+
+
+def test_it_counts_what_waits(device):
+    there = torch.rand(8, device=device)
+    def waited(act):
+        waits.clear()
+        act()
+        return +waits
+    assert waited(lambda: there.sum() * 2) == Counter()
+    assert waited(lambda: there.sum().item()) == waited(lambda: bool(there.sum() > 0)) == Counter({"numbers read": 1})
+    assert waited(lambda: there.tolist()) == waited(lambda: there.cpu()) == Counter({"transfers to the CPU": 1})
+    assert waited(lambda: there[there > 0.5]) == waited(lambda: there.nonzero()) == Counter({"sizes": 1})
+    assert waited(lambda: torch.rand(8).to(device)) == waited(lambda: torch.tensor([1.0], device=device)) == Counter({"transfers to the device": 1})
+    assert waited(lambda: torch.rand(8).to(device, non_blocking=True)) == Counter()
+
+
+# ---- explainers and metrics ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", list(EXPLAINERS))
+def test_explainer(device, images, name):
+    "The maps of the CPU, with the classes on the device, on the CPU, or chosen by the network"
+    model, options, target = load_model("plain_cnn"), SHORT.get(name, {}), [1, 5, 2, 0]
+    wanted = explain(model, images, name, target, **options)
+    explainer, there = get_explainer(name)(model.to(device), **options), images.to(device)
+    for given in (torch.tensor(target, device=device), torch.tensor(target)):
+        maps = explainer.attribute(there, given)
+        assert maps.device == device
+        torch.testing.assert_close(maps.cpu(), wanted, atol=1e-4 * wanted.abs().max().item(), rtol=1e-3)
+    assert explainer.attribute(there).device == device
+
+
+def test_no_explainer_fetches_numbers_in_its_loop(device, images):
+    "Twice the masks, steps or images: the CPU waits as often as before, up to the chunks"
+    model, there = load_model("plain_cnn").to(device), images.to(device)
+    for name, option in (("rise", "n_masks"), ("integrated_gradcam", "steps"), ("extremal", "steps")):
+        counts = []
+        for size in (4, 8):
+            explainer = get_explainer(name)(model, **{option: size})
+            explainer.attribute(there[:1], 0)
+            waits.clear()
+            explainer.attribute(there[:1], 0)
+            counts.append(sum(waits.values()))
+        assert counts[0] == counts[1], (name, counts)
+
+
+def test_evaluate(device):
+    data, metrics = Synthetic("test", n=4, size=32), tuple(METRICS)
+    model = load_model("plain_cnn")
+    wanted = evaluate({"cam": GradCAM(model), "rise": RISE(model, n_masks=20)}, data, metrics, batch=2)
+    model = model.to(device)
+    found = evaluate({"cam": GradCAM(model), "rise": RISE(model, n_masks=20)}, data, metrics, batch=2, device=NAME)
+    differs = (found[list(metrics)] - wanted[list(metrics)]).abs()  # a pixel may change its rank where maps differ by rounding
+    assert differs.max(axis=None) < 1e-2 and differs.median(axis=None) < 1e-5
+
+
+def test_scores_of_trained_networks(device):
+    lab = creatures_lab(20, 12)
+    model, found = load_model("plain_cnn"), []
+    for place in ("cpu", device):
+        model, lab = model.to(place), replace(lab, images=lab.images.to(place), labels=lab.labels.to(place),
+                                              train=tuple(t.to(place) for t in lab.train), val=tuple(t.to(place) for t in lab.val))
+        found.append({**explanation_scores(model, lab), **calibration_scores(model, lab), **robustness_scores(model, lab),
+                      **neighbour_scores(model, lab)})
+    assert found[1] == pytest.approx(found[0], abs=1e-3, nan_ok=True)
+
+
+def test_audit(device, tmp_path):
+    audit(load_model("plain_cnn"), Synthetic("test", n=5, size=32), explainer="gradcam", device=NAME).report(tmp_path / "audit.html")
+    assert "Grad-CAM" in (tmp_path / "audit.html").read_text(encoding="utf-8")
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", list(AUGMENTATIONS))
+def test_views(device, training, name):
+    views = [augmented(training[0].to(place), name, torch.Generator().manual_seed(3), views=2) for place in ("cpu", device)]
+    for here, there in zip(*views, strict=True):
+        assert there.device == device
+        torch.testing.assert_close(there.cpu(), here)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_recipe(device, training, recipe):
+    "The weights and the log of the CPU"
+    runs = [fit(config(recipe), training, tuple(t[:8] for t in training), device=place) for place in ("cpu", NAME)]
+    for (name, here), there in zip(runs[0].model.state_dict().items(), runs[1].model.state_dict().values(), strict=True):
+        assert there.device == device, name
+        torch.testing.assert_close(there.cpu(), here, atol=1e-4, rtol=1e-3, msg=name)
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in run.log] for run in runs]
+    assert len(logs[0]) == len(logs[1])
+    assert all(there == pytest.approx(here, abs=1e-3) for here, there in zip(*logs, strict=True))
+
+
+def test_maps_that_are_kept(device, training):
+    runs = [fit(config("edda", refresh=2), training, device=place) for place in ("cpu", NAME)]
+    assert runs[1].recipe.cache.maps.device == device
+    assert runs[1].log[-1]["loss"] == pytest.approx(runs[0].log[-1]["loss"], abs=1e-3)
+
+
+def test_a_run_goes_on_from_its_checkpoint(device, training, tmp_path):
+    whole = fit(config("excon"), training, device=NAME)
+    half = prepare(config("excon"), training, None, None, None, device)
+    half.step()
+    save_run(half, tmp_path)
+    resumed = fit(config("excon"), training, folder=tmp_path, device=NAME)
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True))
+
+
+def test_images_that_are_read_as_they_are_needed(device):
+    batch, = Streamed(Synthetic("train", n=8, size=32), 32, device).batches([torch.tensor([3, 1])])
+    assert all(part.device == device for part in batch)
+
+
+WAITS = {"ce": 0, "cutout": 0, "supcon": 1, "supcon_clean_view": 1, "excon": 6, "excon_accept_all": 6, "excon_random_class": 6,
+         "excon_random_mask": 8, "exconb": 8, "edda": 7, "edda_random_class": 7, "random_occlusion": 9}
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_how_often_a_step_waits(device, training, recipe):
+    "A wait empties the queue of the GPU; each of them is a check of what the step has computed, or a size"
+    run = prepare(config(recipe), training, None, None, None, device)
+    run.step()
+    waits.clear()
+    run.step()
+    assert sum(waits.values()) <= WAITS[recipe], waits
