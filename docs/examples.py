@@ -6,7 +6,6 @@ changed."""
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,10 @@ COMMANDS = {  # file -> arguments of `xai-companion`, run in a folder with the i
     "gallery.html": "explain photos/cat.png photos/coffee.png photos/rocket.png photos/astronaut.png"
     " --method gradcam,layercam,integrated_gradcam,fullgrad,ada_sise --device cpu --out gallery",
     "audit.html": "audit plain_cnn creatures/images --masks creatures/masks --device cpu --out audit.html",
+}
+BACK = {  # file -> the page that speaks of it
+    "gallery.html": '<a href="../guide/gallery.html">← xai_companion: gallery</a>',
+    "audit.html": '<a href="../tutorials/audit_your_classifier.html">← xai_companion: audit your classifier</a>',
 }
 RUN = "import sys; from xai_companion.cli import main; sys.exit(main())"
 
@@ -81,7 +84,9 @@ def examples(kept=KEPT):
             run(arguments, folder)
             made = Path(folder) / arguments.split()[-1]
             draft = place / f".{name}.{os.getpid()}"
-            shutil.copyfile(made / "index.html" if made.is_dir() else made, draft)
+            text = (made / "index.html" if made.is_dir() else made).read_text(encoding="utf-8")
+            before, body, after = text.partition("<body>")
+            draft.write_text(f"{before}{body}<p style='margin: 0 0 1em'>{BACK[name]}</p>{after}", encoding="utf-8")
             draft.replace(place / name)
     marked.write_text(stamp)
     return place
