@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../nbs/52_experiments.ipynb #92f77d50
-from .core import progress
+from .core import has_bfloat16, progress
 from .data.datasets import load_dataset
 from .data.loader import as_bytes
 from .data.synthetic import CLASSES, Synthetic
@@ -267,7 +267,7 @@ def store_rows(frame: pd.DataFrame,  # from `run_rows`
                dtype: str = "float32",
                **config):            # further entries of the config
     "Store one number per row, score and seed"
-    made = []
+    made, dtype = [], dtype if has_bfloat16(lab.images.device) else "float32"
     for line in frame.to_dict("records"):
         for name in scores:
             if name in line and line[name] == line[name]:

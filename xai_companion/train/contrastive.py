@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/42d_train.contrastive.ipynb #69ebebbe
+from ..core import autocasting
 from ..data.augment import AUGMENTATIONS
 from ..explain.base import check_counts
 from ..hooks import classifier_of, entering, evaluating
@@ -146,7 +147,7 @@ class ExCon(SupCon, name="excon"):
     def accepted(self, model, masked, labels):
         "Does the network, as it is now, recognise the class, bool (B,)"
         with torch.inference_mode(), evaluating(model):
-            with torch.autocast(masked.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            with autocasting(masked.device, self.config.dtype):
                 return (model(masked).argmax(1) == labels).clone()
 
 # %% ../../nbs/42d_train.contrastive.ipynb #025f8d69

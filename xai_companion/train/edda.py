@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/42c_train.edda.ipynb #61c33ef7
+from ..core import autocasting
 from ..explain import get_explainer
 from ..hooks import classifier_of
 from .losses import DROP_TARGETS, edda_loss
@@ -44,7 +45,7 @@ def maps_of(model,
     make = CurrentMaps(model, option["method"], **layers, **option["explainer"])
 
     def maps(images, labels):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with autocasting(images.device, config.dtype):
             return make(images, labels)
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     maps(torch.zeros(1, channels, config.size, config.size, device=next(model.parameters()).device), [0])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/43_train.loop.ipynb #711a0af1
-from ..core import pick_device, processes, progress, seeded
+from ..core import autocasting, pick_device, processes, progress, seeded
 from ..data.items import ImageSet
 from ..data.loader import Resident, Streamed, epoch_order, subseed
 from ..hooks import classifier_of, evaluating, unwrapped
@@ -63,7 +63,7 @@ def loss_and_accuracy(model: nn.Module,  # takes images in [0, 1], returns logit
     loss = right = 0
     with torch.inference_mode(), evaluating(model):
         for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            with autocasting(images.device, dtype):
                 logits = model(part.contiguous(memory_format=torch.channels_last).float() / 255).float()
             loss += F.cross_entropy(logits, truth, reduction="sum").item()
             right += (logits.argmax(1) == truth).sum().item()
@@ -144,7 +144,7 @@ class Run:
         with seeded(subseed(config.seed, "step", self.done, *([self.rank] if self.rank else []))):
             views = self.recipe.views(self.model, batch, moment, torch.default_generator)
             views.images = views.images.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            with autocasting(self.device, config.dtype):
                 loss, logits = self.recipe.loss(self.model, views, moment)
             optimizer.zero_grad()
             loss.backward()

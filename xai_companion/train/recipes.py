@@ -40,7 +40,7 @@ class Config:
     augmentation: str = "crop"    # of the views: one of `data.augment.AUGMENTATIONS`
     pad: int | None = None        # margin of the random crops in pixels; default: an eighth of the size
     flip: bool = True             # mirror every second image, drawn at random
-    dtype: str = "float32"        # or "bfloat16": autocast
+    dtype: str = "float32"        # or "bfloat16": autocast, where the device has it
     start: str = ""               # which weights it starts from, in your words; default: random ones
     options: dict = field(default_factory=dict)  # of the recipe: those that differ from its own `options`
     seed: int = 0                 # of the first weights, the order of the images and the augmentation
