@@ -145,6 +145,11 @@ class _FromNumbers(TorchFunctionMode):
 
 
 class _Backend(registration._DummyBackendModule if AVAILABLE else object):
+    there = False  # outside `pretending`, nobody must find the device: `DataParallel` takes what it finds
+
+    def is_available(self):
+        return self.there
+
     def get_amp_supported_dtype(self):
         return [torch.bfloat16, torch.float16]
 
@@ -167,5 +172,6 @@ def register():
 def pretending():
     "Inside the block there is a device; gives it"
     waits.clear()
-    with mock.patch("torch._C._InferenceMode", _without_gradients), _FromNumbers(), _Factories():
+    there = mock.patch.object(_Backend, "there", True)
+    with there, mock.patch("torch._C._InferenceMode", _without_gradients), _FromNumbers(), _Factories():
         yield torch.device(NAME, 0)
