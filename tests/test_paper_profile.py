@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import sys
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from xai_companion.data.readers import imagenet_wnids
 from xai_companion.experiments import real_lab
 from xai_companion.explain import GradCAM
 from xai_companion.models import load_model
-from xai_companion.steps import OutOfTime
+from xai_companion.steps import OutOfTime, read_plan
 from xai_companion.testbeds import OF_PROFILE, TESTBEDS, run_testbeds
 from xai_companion.train.published import PUBLISHED
 from xai_companion.viz import PhotoFigure
@@ -305,13 +306,23 @@ def gpu_page(page, monkeypatch):
 @pytest.mark.slow
 @needs_shift
 def test_gpu_profile_of_excon_and_then_the_explainers(gpu_page, monkeypatch, capsys):
-    "The headline is trained first, its network is explained, and nothing that was done is planned again"
-    found = gpu_page("05_excon")
+    "The headline is trained first, what a box has brought is stored, its network is explained, and nothing is planned twice"
+    monkeypatch.setenv("XAI_COMPANION_UNTIL", str(time.time() + 230))  # for cross-entropy, not for the row after it
+    with pytest.raises(OutOfTime, match="SupCon, seed 0, takes about 4:00 min"):
+        gpu_page("05_excon")
     said = capsys.readouterr().out
-    assert list(found["beds"])[1:] == ["ResNet-18, Tiny ImageNet", "ResNet-18, 50 classes of Tiny ImageNet"]
     assert re.search(r"step: 1 of \d+, ResNet-18, Tiny ImageNet: Cross-entropy, seed 0", said)
-    rows = json.loads((gpu_page.root / "reports" / "excon" / "accuracy.gpu.json").read_text())
+    assert max(seconds for seconds, _ in read_plan(said)) <= 9 * 60
+    file = gpu_page.root / "reports" / "excon" / "accuracy.gpu.json"
+    assert {row["config"]["row"] for row in json.loads(file.read_text())} == {"Cross-entropy"}
+
+    monkeypatch.setenv("XAI_COMPANION_UNTIL", "inf")
+    found = gpu_page("05_excon")
+    beds = list(found["beds"])
+    assert beds[1:] == ["ResNet-18, Tiny ImageNet", *(f"{name}, 50 classes of Tiny ImageNet" for name in ("ResNet-18", "VGG-16"))]
+    rows = json.loads(file.read_text())
     assert {row["config"]["data"] for row in rows} == {"synthetic", "tiny_imagenet"} and all(np.isfinite(row["value"]) for row in rows)
+    assert {row["config"]["row"] for row in rows if row["config"]["model"] == "resnet18" and row["seed"] == 2} == set(found["ROWS"])
 
     gpu_page.fitted.clear()
     monkeypatch.setenv("XAI_COMPANION_UNTIL", "0")
@@ -333,11 +344,13 @@ def test_gpu_profile_of_excon_and_then_the_explainers(gpu_page, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_gpu_profile_of_edda(gpu_page):
+def test_gpu_profile_of_edda(gpu_page, capsys):
     found = gpu_page("04_edda")
+    assert max(seconds for seconds, _ in read_plan(capsys.readouterr().out)) <= 9 * 60
     assert list(found["beds"]) == ["resnet18", "vgg16", "resnet18_saliency"]
     rows = json.loads((gpu_page.root / "reports" / "edda" / "place.gpu.json").read_text())
     assert {row["config"]["on"] for row in rows} == {bed.title for bed in found["beds"].values()}
+    assert {row["config"]["row"] for row in rows if row["config"]["on"] == "ResNet-18"} == set(found["RECIPES"] | found["CONTROLS"])
 
 
 # ---- the pages on a device that is not the CPU ----------------------------------------------------------------------

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEST_PARTS', 'SCORES', 'COST', 'Lab', 'creatures_lab', 'real_lab', 'logits_of', 'explanation_scores',
            'calibration_scores', 'robustness_scores', 'features_of', 'neighbour_scores', 'trained', 'run_rows',
-           'row_steps', 'store_rows', 'claim_better']
+           'finished_rows', 'row_steps', 'store_rows', 'claim_better']
 
 # %% ../nbs/52_experiments.ipynb #bd22fa0d
 import json
@@ -179,6 +179,8 @@ def neighbour_scores(model: nn.Module,
                      ) -> dict:
     "Purity of the nearest neighbours in per cent, and the mean correlation of their maps"
     images, labels = lab.images[:n], lab.labels[:n]
+    if len(images) <= k:
+        raise ValueError(f"{k} neighbours of an image need more than {k} images, got {len(images)}")
     features = features_of(model, images)
     near = (features @ features.T).fill_diagonal_(-2).topk(k, 1).indices
     explain = get_explainer(explainer)(model).attribute
@@ -213,13 +215,17 @@ def _score_file(folder, config, lab, row, version):
     "Where the scores of a run are kept"
     return folder / config.name / f"scores-{record_key({'version': version, 'row': row, 'test': len(lab.labels)})}.json"
 
+def _arithmetic(config, device):
+    "In what a network is trained, and measured"
+    return "bfloat16; measured in float32" if config.dtype == "bfloat16" and has_bfloat16(device) else "float32"
+
 def _train_and_measure(row, config, lab, scores, file, folder, device):
     "One run and its scores, unless they are there"
     if not file.is_file():
         start = time.perf_counter()
         model, log = trained(config, lab, folder, device)
-        seconds = time.perf_counter() - start
-        write_whole(file, json.dumps({"row": row, "seed": config.seed, "seconds": seconds} | scores(model, row)).encode())
+        about = {"row": row, "seed": config.seed, "seconds": time.perf_counter() - start, "dtype": _arithmetic(config, device)}
+        write_whole(file, json.dumps(about | scores(model, row)).encode())
     return json.loads(file.read_text())
 
 # %% ../nbs/52_experiments.ipynb #d4e161d2
@@ -234,6 +240,10 @@ def run_rows(rows: dict,       # config by the name that tables show; its seed i
     "Train and measure every row with every seed"
     steps = row_steps("", rows, seeds, lab, scores, version, folder, device)
     return pd.DataFrame([step.run() for step in progress(steps, "training and measuring", unit="run")])
+
+def finished_rows(*work) -> pd.DataFrame:  # takes what `run_rows` takes
+    "What `run_rows` would give, as far as it has been trained and measured"
+    return pd.DataFrame([step.run() for step in row_steps("", *work) if step.done()])
 
 # %% ../nbs/52_experiments.ipynb #5d7a9a80
 COST = {"ce": 1, "cutout": 1, "supcon": 2, "supcon_clean_view": 2}  # relative time of a run; the others: 3.5
@@ -264,16 +274,15 @@ def store_rows(frame: pd.DataFrame,  # from `run_rows`
                table: str,
                scores,               # names in `SCORES`: the columns of the table
                lab: Lab,
-               dtype: str = "float32",
                **config):            # further entries of the config
     "Store one number per row, score and seed"
-    made, dtype = [], dtype if has_bfloat16(lab.images.device) else "float32"
+    made = []
     for line in frame.to_dict("records"):
         for name in scores:
             if name in line and line[name] == line[name]:
                 entry = {"row": line["row"], "metric": SCORES[name].label, **config}
                 made.append(record(entry, value=line[name], unit=SCORES[name].unit, n=len(lab.labels), seed=int(line["seed"]),
-                                   seconds=line["seconds"] if name == scores[0] else None, data=lab.fingerprint, dtype=dtype,
+                                   seconds=line["seconds"] if name == scores[0] else None, data=lab.fingerprint, dtype=line["dtype"],
                                    device=lab.images.device))
     save(paper, table, made)
 
@@ -286,11 +295,12 @@ def claim_better(frame: pd.DataFrame,  # from `run_rows`
                  scores,               # names in `SCORES`
                  lab: Lab,
                  ):
-    "Store the comparisons of a row with others, paired by the seed; needs two seeds or more"
+    "Store the comparisons of a row with others, paired by the seed; needs all of them, with two seeds or more"
     for name in scores:
         wide = frame.pivot_table(index="seed", columns="row", values=name)
-        gaps = {rival: (wide[ours] - wide[rival]).dropna() for rival in rivals}
-        if all(len(gap) > 1 for gap in gaps.values()):
+        gaps = {rival: (wide[ours] - wide[rival]).dropna() for rival in rivals if {ours, rival} <= set(wide)}
+        if len(gaps) == len(rivals) and all(len(gap) > 1 for gap in gaps.values()):
             claimed = (0, None) if SCORES[name].better == "high" else (None, 0)
             save_comparisons(paper, claim, setting, SCORES[name].label, gaps, claimed,
-                             "points" if SCORES[name].unit == "%" else "", data=lab.fingerprint, device=lab.images.device)
+                             "points" if SCORES[name].unit == "%" else "", data=lab.fingerprint, device=lab.images.device,
+                             dtype=frame.dtype.iloc[0])

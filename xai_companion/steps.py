@@ -44,7 +44,9 @@ def read_plan(text: str  # with what `plan` gives somewhere in it
     found = re.findall(r"^plan: +(\d+):(\d\d)  (.*)$", text, re.MULTILINE)
     return [(60 * int(minutes) + int(seconds), title) for minutes, seconds, title in found]
 
-def take_steps(steps: list[Step]):
+def take_steps(steps: list[Step],
+               leave: Callable[[], object] = lambda: None,  # stores what there is, when the time is over before the end
+               ):
     "Inside a time box: print the plan, then do what is left, as far as the time goes; else do nothing"
     if TIME_BOX not in os.environ:
         return
@@ -57,6 +59,7 @@ def take_steps(steps: list[Step]):
             continue
         left, start = until - time.time(), time.time()
         if step.seconds > left:
+            leave()
             raise OutOfTime(f"the next step, {step.title}, takes about {clock(step.seconds)} min and {clock(max(left, 0))} are left: "
                             "the same command goes on with it")
         print(f"step: {number} of {len(steps)}, {step.title} ...", flush=True)

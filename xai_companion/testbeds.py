@@ -194,6 +194,7 @@ class Run:
     batch: int           # images at a time
     data: str            # fingerprint of the data
     device: str
+    told: set = field(default_factory=set)  # explainers whose time some table holds already
 
     @property
     def origin(self) -> dict:
@@ -218,14 +219,15 @@ class Run:
         "Store a row per explainer and metric, with the value of every image"
         frame, times = self.frame if frame is None else frame, self.times()
         for name in explainers:
-            own = frame[frame.explainer == name].groupby("position").mean(numeric_only=True)
+            own, told = frame[frame.explainer == name].groupby("position").mean(numeric_only=True), name in self.told
             for metric in metrics or (*self.metrics, "seconds"):
                 shown, timed = (SECONDS if metric == "seconds" else METRICS[metric]), metric == "seconds"
                 values = (times[name] if timed else own[metric] * shown.scale).dropna()
                 if len(values) > 1:
                     save_row(paper, f"{table}_{self.name}", {"row": name, "metric": shown.label, "testbed": self.bed.title, **config},
                              values, shown.unit, paper=(published or {}).get((name, metric)),
-                             seconds=own.seconds.sum() if timed else None, **self.origin)
+                             seconds=own.seconds.sum() if timed and not told else None, **self.origin)
+                    self.told |= {name} if timed else set()
 
     def claim(self,
               paper: str,    # sise, ada_sise or integrated_gradcam
