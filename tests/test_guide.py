@@ -131,3 +131,14 @@ def test_images_of_the_examples(tmp_path):
         file.relative_to(tmp_path / "creatures" / "masks") for file in masks
     ]
     assert len(list((tmp_path / "photos").glob("*.png"))) == 4
+
+
+def test_the_lines_of_the_readme():
+    "With cheaper methods; the front page itself is run by `make test-all`"
+    [words] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[:1]
+    cheap, found = re.subn(r"^methods = .*$", 'methods = ("gradcam", "layercam")', words, flags=re.M)
+    assert found == 1
+    *lines, last = cheap.strip().split("\n")
+    space = {}
+    exec("\n".join(lines), space)
+    assert len(eval(last, space).axes) == 4 * 3 + 1  # photographs, and the colour bar

@@ -20,7 +20,11 @@ ENV = {
 }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.with_suffix("").as_posix())
+SLOW = {Path("index.ipynb")}  # a minute for its picture; `test_guide` runs the same lines with cheaper methods
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in NOTEBOOKS],
+                         ids=lambda path: path.with_suffix("").as_posix())
 def test_notebook(path, tmp_path):
     env = {**os.environ, **ENV, "XAI_COMPANION_REPORTS": str(tmp_path)}
     command = [str(NBDEV_TEST), str(NBS / path), "--n-workers", "0"]

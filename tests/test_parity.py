@@ -26,10 +26,10 @@ def relative(ours, theirs):
 @pytest.fixture(scope="module", params=NETWORKS)
 def setting(request):
     "A network, the layer to compare at, two photographs"
-    images = photos()[[0, 3]]
     if request.param == "efficientnet_lite0":
         model = load_model()
-        return model, last_conv(model), images
+        return model, last_conv(model), photos()[[0, 3]]
+    images = photos(112 if request.param == "vgg16_bn" else 224)[[0, 3]]
     torch.manual_seed(0)
     model = load_model(request.param, weights=None)
     with torch.no_grad():
