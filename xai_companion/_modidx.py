@@ -1510,6 +1510,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'xai_companion/train/edda.py'),
                                           'xai_companion.train.edda.EDDA.masks': ( 'train.edda.html#edda.masks',
                                                                                    'xai_companion/train/edda.py'),
+                                          'xai_companion.train.edda.EDDA.renew': ( 'train.edda.html#edda.renew',
+                                                                                   'xai_companion/train/edda.py'),
                                           'xai_companion.train.edda.EDDA.restore': ( 'train.edda.html#edda.restore',
                                                                                      'xai_companion/train/edda.py'),
                                           'xai_companion.train.edda.EDDA.setup': ( 'train.edda.html#edda.setup',
