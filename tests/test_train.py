@@ -343,6 +343,15 @@ def test_bad_data(tmp_path, data, options, words):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("labels, classes, words", [
+    ([0, 2, 0, 2], ["cat", "unicorn", "dog"], "no training image shows unicorn: add images"),
+    ([0, 1, 0, 1], [str(k) for k in range(20)], "no training image shows 18 of 20 classes, among them 2, 3, 4, 5, 6: add"),
+])
+def test_classes_without_images(labels, classes, words):
+    with pytest.raises(ValueError, match=words):
+        fit(replace(BASE, model="plain_cnn"), (toy(4)[0], torch.tensor(labels)), classes=classes)
+
+
 def test_bad_validation_data():
     with pytest.raises(ValueError, match="label 3 of validation image 0"):
         fit(BASE, toy(), (toy()[0], toy()[1] + 3), model=small_net())
@@ -460,6 +469,38 @@ def test_command_with_train_and_val(photos, tmp_path, capsys):
         load_model("plain_cnn", weights=file)
     with pytest.raises(ValueError, match="does not fit"):
         load_model("resnet18", weights=file, num_classes=3)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_class_keeps_images_to_learn_from(seed):
+    "Folders of 10, 10 and 1 images, and of 40, 20 and 2: the parts, and the beginnings of a part"
+    from xai_companion.commands.train import _mixed, _split_off
+    for counts, learned in (((10, 10, 1), {(8, 7, 1), (7, 8, 1)}), ((40, 20, 2), {(32, 16, 2), (31, 16, 2)})):
+        labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+        images = torch.arange(len(labels))
+        (train, of_train), (val, of_val) = _split_off(images, labels, seed)
+        assert sorted([*train.tolist(), *val.tolist()]) == images.tolist() and torch.equal(labels[train], of_train)
+        assert torch.equal(labels[val], of_val) and tuple(of_train.bincount(minlength=3).tolist()) in learned
+        again, other = _split_off(images, labels, seed), _split_off(images, labels, seed + 1)
+        assert torch.equal(again[0][0], train) and not torch.equal(other[0][0], train)
+        order = labels[_mixed(labels, seed)]
+        assert len(order[:3].unique()) == 3 and (order[:len(order) // 2].bincount() - torch.tensor(counts) / 2).abs().max() <= 1
+    with pytest.raises(ValueError, match="one image of each class"):
+        _split_off(torch.arange(3), torch.arange(3), seed)
+
+
+def test_command_on_classes_of_any_size(tmp_path, capsys):
+    "A class with one image is trained; fewer images than classes are an error"
+    from torchvision.utils import save_image
+    for kind, count in (("a", 10), ("b", 10), ("c", 1)):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+        for i in range(count):
+            save_image(torch.full((3, 16, 16), 0.09 * i), tmp_path / "own" / kind / f"{i}.png")
+    words = ("--data", tmp_path / "own", *SHORT, "--epochs", 1, "--seed", 9, "--out", tmp_path / "out")
+    assert run(*words) == 0 and "16 training and 5 validation images, 3 classes" in capsys.readouterr().out
+    assert run(*words, "--images", 8) == 0 and "8 training and 5 validation images, 3 classes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no training image shows [abc]: add images"):
+        run(*words, "--images", 2)
 
 
 def test_command_with_a_recipe_and_its_options(photos, tmp_path, capsys):

@@ -29,7 +29,7 @@ from .checkpoint import restore_run, save_run, save_weights
 from .files import COLUMNS
 from .processes import average_gradients, share_buffers
 from .recipes import Batch, Config, Moment, get_recipe
-from .tensors import check_data, check_fits, check_trainable, to_tensors
+from .tensors import check_classes, check_data, check_fits, check_trainable, to_tensors
 
 # %% ../../nbs/43_train.loop.ipynb #1ab4eebf
 def learning_rate(step: int,     # t, from 0
@@ -263,6 +263,7 @@ def fit(config: Config,
     device = pick_device(device)
     processes(device)
     run = prepare(config, train, val, model, classes, device, workers)
+    check_classes(run.data.labels, classes or getattr(train, "classes", None) or [])
     if folder and resume:
         restore_run(run, folder)
     with explained(run, folder), compiling(run.model, compiled):
