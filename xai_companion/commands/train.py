@@ -111,7 +111,7 @@ OPTIONS = {  # a field of the config and what it is; the command has an option o
     "epochs": "passes over the training images",
     "seen": "length of the run in images, instead of epochs",
     "batch": "images per step",
-    "optimizer": "sgd has Nesterov's momentum of 0.9",
+    "optimizer": "sgd has Nesterov's momentum of 0.9, sgd_classical the classical one",
     "lr": "largest learning rate",
     "weight_decay": "of all weights",
     "warmup": "share of the steps in which the learning rate rises",

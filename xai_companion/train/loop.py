@@ -50,7 +50,8 @@ def make_optimizer(parameters,     # what learns
     "The optimiser of a config"
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
+    nesterov = config.optimizer == "sgd"
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, nesterov=nesterov, weight_decay=config.weight_decay)
 
 # %% ../../nbs/43_train.loop.ipynb #513fa656
 def loss_and_accuracy(model: nn.Module,  # takes images in [0, 1], returns logits (N, K)
