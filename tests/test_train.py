@@ -543,6 +543,22 @@ def test_command_with_a_schedule_of_a_paper(photos, tmp_path):
     assert config["options"] == {"start": 0.25}
 
 
+@pytest.mark.parametrize("recipe, options", [
+    ("excon_random_mask", {"layers": "layer4.2.conv3", "start": 0.0, "classifier_views": "none"}), ("supcon", {"classifier_views": "none"}),
+    ("edda", {"layers": "layer4.2.conv3", "start": 0.0}), ("ce", {})])
+def test_another_recipe_keeps_the_options_that_it_has(recipe, options):
+    from xai_companion.commands.train import _config
+    config = _config(parse("--config", "excon_tiny_imagenet", "--recipe", recipe))
+    assert (config.options, config.lr, config.model) == (options, 0.5, "resnet50")
+
+
+def test_options_that_are_left_out_are_said(photos, tmp_path, capsys):
+    words = "--config", "excon_tiny_imagenet", "--smoke", "--data", photos / "plain", "--device", "cpu", "--out", tmp_path
+    assert run(*words, "--recipe", "supcon") == 0
+    assert "left out, since supcon has no such option: start of excon_tiny_imagenet\n" in capsys.readouterr().out
+    assert run(*words) == 0 and "left out" not in capsys.readouterr().out
+
+
 def test_command_reads_batch_by_batch(photos, tmp_path):
     words = ("--data", photos / "parts", *SHORT, "--epochs", 2)
     assert run(*words, "--out", tmp_path / "whole") == 0 and run(*words, "--workers", 0, "--out", tmp_path / "stream") == 0

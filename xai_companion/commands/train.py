@@ -23,7 +23,7 @@ from ..hooks import classifier_of, unwrapped
 from ..models import load_model
 from ..networks import SMALL
 from ..train.published import PUBLISHED
-from ..train.recipes import DTYPES, OPTIMIZERS, RECIPES, Config
+from ..train.recipes import DTYPES, OPTIMIZERS, RECIPES, Config, get_recipe
 
 # %% ../../nbs/67c_commands.train.ipynb #5d187955
 def _check_test(name: str, root: str | None):
@@ -180,16 +180,21 @@ def start_model(name: str,     # of `load_model`
     return model
 
 # %% ../../nbs/67c_commands.train.ipynb #ee7310ea
-def _config(args, **more) -> Config:
-    "The config that the arguments describe"
+def _base(args) -> Config:
+    "The config that the other arguments change"
     if args.smoke and not args.config:
         raise ValueError("--smoke shortens the schedule of a paper and needs its name: --config NAME; what shortens "
                          "another run is --epochs 1 --images 64")
-    base = Config()
-    if args.config:
-        base = PUBLISHED[args.config].smoke if args.smoke else PUBLISHED[args.config].config
+    if not args.config:
+        return Config()
+    return PUBLISHED[args.config].smoke if args.smoke else PUBLISHED[args.config].config
+
+def _config(args, **more) -> Config:
+    "The config that the arguments describe"
+    base = _base(args)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    options = (base.options if given.get("recipe", base.recipe) == base.recipe else {}) | dict(map(_pair, args.set))
+    known = get_recipe(given.get("recipe", base.recipe)).options
+    options = {name: value for name, value in base.options.items() if name in known} | dict(map(_pair, args.set))
     return Config(**(asdict(base) | given | more | {"flip": base.flip and not args.no_flip, "options": options}))
 
 def _written(args, config) -> str:
@@ -238,6 +243,8 @@ def run_train(args) -> int:
     config = _config(args, data=data["name"], fingerprint=data["fingerprint"], start=start)
     folder = out / config.name
     if rank == 0:
+        if dropped := [name for name in _base(args).options if name not in get_recipe(config.recipe).options]:
+            print(f"left out, since {config.recipe} has no such option: {', '.join(dropped)} of {args.config}")
         counts = data["count"], len(data["val"][1]), len(data["classes"])
         print("{} training and {} validation images, {} classes; {}".format(*counts, folder))
     try:
