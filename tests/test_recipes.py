@@ -1,4 +1,5 @@
 """The recipes in the loop: every one trains, resumes with the same bits, leaves no trace of its explanations, and agrees over processes."""
+import math
 import os
 import shutil
 import warnings
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_losses import three_loops
 from torch import nn
 
 from xai_companion.data.loader import epoch_order
@@ -339,16 +341,24 @@ def test_no_classifier_at_the_end():
 
 
 def test_a_class_with_one_image():
+    "Its two views have nothing but each other; the loss is that of three loops, and training goes on"
     images, labels = toy()
     labels[5] = 4
-    run = fit(config("supcon"), (images, labels), model=net(5), classes=list("abcde"))
-    assert all(row["loss"] == row["loss"] for row in run.log)
+    model = net(5).eval()
+    recipe = ready("supcon", model)
+    views = recipe.views(model, Batch(images, labels, torch.arange(48)), LATE["supcon"], torch.Generator().manual_seed(3))
+    z = nn.functional.normalize(recipe.head(model[:9](views.images)), dim=1)
+    by_hand = three_loops(torch.stack([z[:48], z[48:]], 1), labels)
+    assert recipe.loss(model, views, LATE["supcon"])[0].item() == pytest.approx(by_hand, rel=1e-5)
+    run = fit(config("supcon"), (images, labels), model=model, classes=list("abcde"))
+    assert all(math.isfinite(row["loss"]) for row in run.log) and all(p.isfinite().all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------ several processes
 
 
-ALIKE = {"ce": {}, "supcon": {"views": "none", "classifier_views": "none"}, "edda": {"start": 0.25, "refresh": 2}}  # by image
+PLAIN = {"views": "none", "classifier_views": "none"}
+ALIKE = {"ce": {}, "supcon": PLAIN, "exconb": PLAIN | {"start": 0.25}, "edda": {"start": 0.25, "refresh": 2}}  # nothing is drawn
 
 
 def trained(name, seed=0, **where):

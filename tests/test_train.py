@@ -200,30 +200,37 @@ sys.path.insert(0, {tests!r})
 from test_train import BASE, small_net, toy
 from dataclasses import replace
 from xai_companion.train import fit
-fit(replace(BASE, model="plain_cnn", epochs=6, size=16), toy(80), toy(16, seed=1), folder=sys.argv[1], every=0.0)
+settings = replace(BASE, recipe=sys.argv[2], model="plain_cnn", epochs=6, options={options!r})
+fit(settings, toy(83), toy(16, seed=1), folder=sys.argv[1], every=0.0)
 """
+OPTIONS = {"edda": {"start": 0.0, "refresh": 2}, "exconb": {"start": 0.0}}  # one keeps maps, one a head and a second optimiser
 
 
-def start(folder, **options):
-    code = SCRIPT.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def start(folder, recipe="edda", **options):
+    code = SCRIPT.format(tests=str(Path(__file__).parent), options=OPTIONS[recipe])
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), recipe], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **options)
+
+
+def left_alone(folder, recipe="edda"):
+    process = start(folder, recipe)
+    assert process.wait(120) == 0, process.communicate()[1]
+    return folder
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     "The folder of a run that was left alone"
-    folder = tmp_path_factory.mktemp("undisturbed")
-    process = start(folder)
-    assert process.wait(120) == 0, process.communicate()[1]
-    return folder
+    return left_alone(tmp_path_factory.mktemp("undisturbed"))
 
 
-def test_killed_at_any_moment(tmp_path, undisturbed):
+@pytest.mark.parametrize("recipe", ["edda", pytest.param("exconb", marks=pytest.mark.slow)])
+def test_killed_at_any_moment(tmp_path, undisturbed, recipe):
     "SIGKILL at several moments, some of them inside the writing of a file; then the bits of a run that was left alone"
+    whole = undisturbed if recipe == "edda" else left_alone(tmp_path / "whole", recipe)
     checkpoint, kills, seen = tmp_path / "killed" / "checkpoint.pt", 0, [0]
     for delay in (0.0, 0.013, 0.031):
-        process = start(tmp_path / "killed")
+        process = start(tmp_path / "killed", recipe)
         first = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         limit = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < limit:
@@ -235,12 +242,11 @@ def test_killed_at_any_moment(tmp_path, undisturbed):
         kills += process.wait(60) == -signal.SIGKILL
         seen.append(read_checkpoint(checkpoint)["done"])
     assert kills >= 2 and seen == sorted(seen) and seen[1] < 60
-    last = start(tmp_path / "killed")
-    assert last.wait(120) == 0, last.communicate()[1]
-    a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (undisturbed, tmp_path / "killed"))
+    left_alone(tmp_path / "killed", recipe)
+    a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, tmp_path / "killed"))
     assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
-    a, b = (pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (undisturbed, tmp_path / "killed"))
-    assert a.equals(b) and len(a) == 6
+    a, b = (pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (whole, tmp_path / "killed"))
+    assert a.equals(b) and len(a) == (6 if recipe == "edda" else 12)
     assert {f.name for f in (tmp_path / "killed").iterdir()} == {"checkpoint.pt", "log.csv", "model.pt"}
 
 
