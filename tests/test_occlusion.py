@@ -397,66 +397,68 @@ def test_bad_squares(n, side):
 # the cache
 
 def test_refresh():
-    cache = MapCache(4, 8)
-    asked = {epoch: [cache.stale(epoch, 3) for _ in range(3)] for epoch in range(2, 10)}
-    assert [epoch for epoch, answers in asked.items() if all(answers)] == [2, 5, 8]
-    assert not any(any(answers) for epoch, answers in asked.items() if epoch not in (2, 5, 8))
-    assert all(MapCache(4, 8).stale(epoch, 7) for epoch in (0, 3, 100))
-    assert all(cache.stale(epoch, 1) for epoch in range(9, 14))
-    assert cache.stale(20, 3) and not cache.stale(21, 3)   # epochs were left out
-    assert cache.stale(4, 3)                               # another run begins
+    "Image 1 comes in odd epochs only, image 2 in epoch 9 for the first time"
+    cache, taken = MapCache(3, 8), {0: [], 1: [], 2: []}
+    for epoch in range(2, 13):
+        here = torch.tensor([0] + [1] * (epoch % 2) + [2] * (epoch >= 9))
+        due = here[cache.stale(here, epoch, 3)]
+        cache.put(due, torch.rand(len(due), 1, 8, 8), epoch)
+        assert not cache.stale(here, epoch, 3).any()
+        for image in due.tolist():
+            taken[image].append(epoch)
+    assert taken == {0: [2, 5, 8, 11], 1: [3, 7, 11], 2: [9, 12]}
+    assert cache.stale([0, 1, 2], 12, 1).tolist() == [True, True, False] and cache.stale([0, 1, 2], 13, 1).all()
 
 
 def test_cache_keeps_maps_by_number(data):
     cache, maps = MapCache(10, SIZE), torch.rand(6, 1, SIZE, SIZE, generator=seed())
     index = torch.tensor([7, 0, 3, 9, 2, 5])
-    cache.put(index, maps)
+    cache.put(index, maps, 0)
     assert cache.get(index).dtype == torch.uint8
     torch.testing.assert_close(cache.get(index.flip(0)).float() / 255, maps.flip(0), atol=0.5 / 255 + 1e-6, rtol=0)
     with pytest.raises(RuntimeError, match=r"images \[1, 4\] have no map yet"):
         cache.get([0, 1, 4])
     cache.get(index).fill_(0)
     assert cache.get(index).any()
-    cache.put([7], torch.zeros(1, 1, SIZE, SIZE))
+    cache.put([7], torch.zeros(1, 1, SIZE, SIZE), 0)
     assert not cache.get([7]).any() and cache.get([0]).any()
     assert cache.maps.numel() * cache.maps.element_size() == 10 * SIZE * SIZE
 
 
 def test_cache_resumes(tmp_path):
     cache, maps = MapCache(5, 8), torch.rand(5, 1, 8, 8, generator=seed())
-    cache.stale(4, 3)
-    cache.put(range(3), maps[:3])
+    cache.put(range(3), maps[:3], 4)
     torch.save(cache.state_dict(), tmp_path / "cache.pt")
     other = MapCache(5, 8)
     other.load_state_dict(torch.load(tmp_path / "cache.pt", weights_only=True))
-    assert torch.equal(other.get([0, 1, 2]), cache.get([0, 1, 2])) and torch.equal(other.known, cache.known)
-    assert [other.stale(e, 3) for e in (4, 5, 6, 7)] == [True, False, False, True]
+    assert torch.equal(other.get([0, 1, 2]), cache.get([0, 1, 2]))
+    assert [other.stale([2, 3], e, 3).tolist() for e in (4, 6, 7)] == [[False, True], [False, True], [True, True]]
     with pytest.raises(ValueError, match="other images"):
         MapCache(6, 8).load_state_dict(cache.state_dict())
 
 
 @pytest.mark.parametrize("call, kind, message", [
-    (lambda c: c.put([0], torch.rand(1, 1, 8, 9)), ValueError, "one map per image"),
-    (lambda c: c.put([0, 1], torch.rand(1, 1, 8, 8)), ValueError, "one map per image"),
-    (lambda c: c.put([0], torch.rand(1, 1, 8, 8) * 300), ValueError, r"not \[0, 1\]"),
-    (lambda c: c.put([0], torch.rand(1, 1, 8, 8) / 0), ValueError, "NaN"),
-    (lambda c: c.put([4], torch.rand(1, 1, 8, 8)), ValueError, "images 0 to 3"),
+    (lambda c: c.put([0], torch.rand(1, 1, 8, 9), 0), ValueError, "one map per image"),
+    (lambda c: c.put([0, 1], torch.rand(1, 1, 8, 8), 0), ValueError, "one map per image"),
+    (lambda c: c.put([0], torch.rand(1, 1, 8, 8) * 300, 0), ValueError, r"not \[0, 1\]"),
+    (lambda c: c.put([0], torch.rand(1, 1, 8, 8) / 0, 0), ValueError, "NaN"),
+    (lambda c: c.put([4], torch.rand(1, 1, 8, 8), 0), ValueError, "images 0 to 3"),
     (lambda c: c.get([-1]), ValueError, "images 0 to 3"), (lambda c: c.get([0.5]), ValueError, "whole numbers"),
     (lambda c: c.get(torch.ones(4, dtype=torch.bool)), ValueError, "whole numbers"),
-    (lambda c: c.stale(1, 0), ValueError, "refresh must be"), (lambda c: MapCache(0, 8), ValueError, "count must be"),
+    (lambda c: c.stale([0], 1, 0), ValueError, "refresh must be"), (lambda c: MapCache(0, 8), ValueError, "count must be"),
     (lambda c: MapCache(4, 8.0), ValueError, "size must be"),
 ])
 def test_bad_cache(call, kind, message):
     cache = MapCache(4, 8)
     with pytest.raises(kind, match=message):
         call(cache)
-    assert not cache.known.any()
+    assert cache.made.tolist() == [-1] * 4
 
 
 def test_a_map_stays_on_its_object(data):
     "Through a crop and a flip, as a fourth channel: image and mask go the same way"
     cache = MapCache(6, SIZE)
-    cache.put(range(6), data.object.float())
+    cache.put(range(6), data.object.float(), 0)
     images = (data.image * data.object).mul(255).ceil().byte()
     marked = torch.where(data.object, images.clamp_min(1), images)   # no black pixel on the object
     moved = random_crop(torch.cat([marked, cache.get(range(6))], 1), SIZE // 4, True, seed(5))

@@ -1,17 +1,20 @@
 """The recipes in the loop: every one trains, resumes with the same bits, leaves no trace of its explanations, and agrees over processes."""
+import math
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
-from pathlib import Path
+from datetime import timedelta
 
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_losses import three_loops
 from torch import nn
 
+from xai_companion.data.loader import epoch_order
 from xai_companion.explain import EXPLAINERS
 from xai_companion.hooks import classifier_of
 from xai_companion.models import load_model
@@ -25,7 +28,6 @@ NAMES = ("ce cutout random_occlusion edda edda_random_class supcon supcon_clean_
          "excon_random_class excon_accept_all").split()
 CONTRASTIVE = [name for name in NAMES if name.startswith(("supcon", "excon"))]
 EXPLAINING = [name for name in NAMES if name.startswith(("edda", "random", "excon"))]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def toy(count=48, classes=4, size=16, seed=0):
@@ -129,6 +131,26 @@ def test_kept_maps_resume(tmp_path):
         assert part.done == stop
     again = fit(replace(refreshed, epochs=3), toy(50), model=net(seed=3), folder=tmp_path / "parts")
     assert same(whole.model, again.model)
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize("refresh", [1, 2, 3])
+def test_no_map_is_older_than_allowed(shares, refresh):
+    "Each map says when it was taken. Of 50 images, an epoch leaves two out; and two processes have another share of them in each epoch"
+    images, labels = toy(50)
+    recipes = [ready("edda", net(), options={"start": 0.0, "refresh": refresh}, pad=0, flip=False) for _ in range(shares)]
+    ages = []
+    for recipe in recipes:
+        recipe.setup(net(), 50)
+    for epoch in range(20):
+        for recipe in recipes:
+            recipe.maps = lambda images, labels, now=epoch: torch.full((len(images), 1, 16, 16), now / 255)
+        for part in epoch_order(50, 0, epoch)[:48].split(16):
+            for rank, recipe in enumerate(recipes):
+                mine = part[rank::shares]
+                maps = recipe.explained(None, Batch(images[mine], labels[mine], mine), Moment(epoch=epoch), None)[1]
+                ages += (epoch - maps[:, 0, 0, 0] * 255).round().tolist()
+    assert max(ages) == refresh - 1 and min(ages) == 0 and len(ages) == 20 * 48
 
 
 def fit_until(settings, stop, folder):
@@ -319,46 +341,79 @@ def test_no_classifier_at_the_end():
 
 
 def test_a_class_with_one_image():
+    "Its two views have nothing but each other; the loss is that of three loops, and training goes on"
     images, labels = toy()
     labels[5] = 4
-    run = fit(config("supcon"), (images, labels), model=net(5), classes=list("abcde"))
-    assert all(row["loss"] == row["loss"] for row in run.log)
+    model = net(5).eval()
+    recipe = ready("supcon", model)
+    views = recipe.views(model, Batch(images, labels, torch.arange(48)), LATE["supcon"], torch.Generator().manual_seed(3))
+    z = nn.functional.normalize(recipe.head(model[:9](views.images)), dim=1)
+    by_hand = three_loops(torch.stack([z[:48], z[48:]], 1), labels)
+    assert recipe.loss(model, views, LATE["supcon"])[0].item() == pytest.approx(by_hand, rel=1e-5)
+    run = fit(config("supcon"), (images, labels), model=model, classes=list("abcde"))
+    assert all(math.isfinite(row["loss"]) for row in run.log) and all(p.isfinite().all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------ several processes
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from dataclasses import replace
-from test_recipes import config, net, toy
-from xai_companion.train import fit
-model = net()
-for module in model.modules():
-    if isinstance(module, torch.nn.BatchNorm2d):
-        module.momentum = 0.0
-        module.eval()
-        module.train = lambda mode=True: module
-run = fit(config(sys.argv[2], options={{"views": "none", "classifier_views": "none"}} if "con" in sys.argv[2] else {{}}, augmentation="none"),
-          toy(), toy(12, seed=1), model=model, folder=sys.argv[1])
-"""
+PLAIN = {"views": "none", "classifier_views": "none"}
+ALIKE = {"ce": {}, "supcon": PLAIN, "exconb": PLAIN | {"start": 0.25}, "edda": {"start": 0.25, "refresh": 2}}  # nothing is drawn
 
 
-@pytest.mark.parametrize("name", ["ce", "supcon"])
-def test_two_processes_take_the_steps_of_one(tmp_path, name):
-    "Batch norm stands still here, because its statistics are those of a process"
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    for count in (1, 2):
-        words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=0", "--rdzv-backend=c10d",
-                 "--rdzv-endpoint=localhost:0", script, tmp_path / str(count), name]
-        done = subprocess.run(list(map(str, words)), env=ENV, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (torch.load(tmp_path / n / "model.pt", weights_only=True)["state_dict"] for n in ("1", "2"))
+def trained(name, seed=0, **where):
+    "The weights after four epochs of three steps. Batch norm stands still here, because its statistics are those of a process"
+    model = net(seed=seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module
+    settings = config(name, options=ALIKE[name], pad=0, flip=False, epochs=4)
+    return fit(settings, toy(50), toy(12, seed=1), model=model, **where).model.state_dict()
+
+
+def one_of_two(rank, folder):
+    "Train each recipe; then stop one with kept maps in the middle of its third epoch, and continue"
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    found, loss, steps = {name: trained(name) for name in ALIKE}, RECIPES["edda"].loss, iter(range(8))
+
+    def impatient(self, *arguments):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return loss(self, *arguments)
+    RECIPES["edda"].loss = impatient
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 8 of 12"):
+        trained("edda", folder=folder / "run", every=0.0)
+    RECIPES["edda"].loss = loss
+    dist.barrier()
+    found["continued"] = trained("edda", seed=7, folder=folder / "run")
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    "What each of two processes has trained"
+    folder = tmp_path_factory.mktemp("gloo")
+    mp.spawn(one_of_two, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:the contrastive loss stands")
+@pytest.mark.parametrize("name", list(ALIKE))
+def test_two_processes_take_the_steps_of_one(two_processes, name):
+    one = trained(name)
     for key, value in one.items():
-        torch.testing.assert_close(value, two[key], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(value, two_processes[0][name][key], atol=2e-5, rtol=1e-4)
+        assert torch.equal(two_processes[0][name][key], two_processes[1][name][key])
     assert any(not torch.equal(v, net().state_dict()[k]) for k, v in one.items())
+
+
+def test_two_processes_continue_with_the_same_bits(two_processes):
+    "The checkpoint of the first process holds the maps of both"
+    assert all(torch.equal(found["continued"][key], value) for found in two_processes for key, value in found["edda"].items())
 
 
 # ------------------------------------------------------------------ the papers' schedules

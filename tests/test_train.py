@@ -200,30 +200,37 @@ sys.path.insert(0, {tests!r})
 from test_train import BASE, small_net, toy
 from dataclasses import replace
 from xai_companion.train import fit
-fit(replace(BASE, model="plain_cnn", epochs=6, size=16), toy(80), toy(16, seed=1), folder=sys.argv[1], every=0.0)
+settings = replace(BASE, recipe=sys.argv[2], model="plain_cnn", epochs=6, options={options!r})
+fit(settings, toy(83), toy(16, seed=1), folder=sys.argv[1], every=0.0)
 """
+OPTIONS = {"edda": {"start": 0.0, "refresh": 2}, "exconb": {"start": 0.0}}  # one keeps maps, one a head and a second optimiser
 
 
-def start(folder, **options):
-    code = SCRIPT.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def start(folder, recipe="edda", **options):
+    code = SCRIPT.format(tests=str(Path(__file__).parent), options=OPTIONS[recipe])
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), recipe], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **options)
+
+
+def left_alone(folder, recipe="edda"):
+    process = start(folder, recipe)
+    assert process.wait(120) == 0, process.communicate()[1]
+    return folder
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     "The folder of a run that was left alone"
-    folder = tmp_path_factory.mktemp("undisturbed")
-    process = start(folder)
-    assert process.wait(120) == 0, process.communicate()[1]
-    return folder
+    return left_alone(tmp_path_factory.mktemp("undisturbed"))
 
 
-def test_killed_at_any_moment(tmp_path, undisturbed):
+@pytest.mark.parametrize("recipe", ["edda", pytest.param("exconb", marks=pytest.mark.slow)])
+def test_killed_at_any_moment(tmp_path, undisturbed, recipe):
     "SIGKILL at several moments, some of them inside the writing of a file; then the bits of a run that was left alone"
+    whole = undisturbed if recipe == "edda" else left_alone(tmp_path / "whole", recipe)
     checkpoint, kills, seen = tmp_path / "killed" / "checkpoint.pt", 0, [0]
     for delay in (0.0, 0.013, 0.031):
-        process = start(tmp_path / "killed")
+        process = start(tmp_path / "killed", recipe)
         first = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         limit = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < limit:
@@ -235,12 +242,11 @@ def test_killed_at_any_moment(tmp_path, undisturbed):
         kills += process.wait(60) == -signal.SIGKILL
         seen.append(read_checkpoint(checkpoint)["done"])
     assert kills >= 2 and seen == sorted(seen) and seen[1] < 60
-    last = start(tmp_path / "killed")
-    assert last.wait(120) == 0, last.communicate()[1]
-    a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (undisturbed, tmp_path / "killed"))
+    left_alone(tmp_path / "killed", recipe)
+    a, b = (torch.load(folder / "model.pt", weights_only=True) for folder in (whole, tmp_path / "killed"))
     assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
-    a, b = (pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (undisturbed, tmp_path / "killed"))
-    assert a.equals(b) and len(a) == 6
+    a, b = (pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (whole, tmp_path / "killed"))
+    assert a.equals(b) and len(a) == (6 if recipe == "edda" else 12)
     assert {f.name for f in (tmp_path / "killed").iterdir()} == {"checkpoint.pt", "log.csv", "model.pt"}
 
 
@@ -341,6 +347,15 @@ def test_bad_data(tmp_path, data, options, words):
     with pytest.raises(ValueError, match=words):
         fit(replace(BASE, **options), data(), model=small_net(), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("labels, classes, words", [
+    ([0, 2, 0, 2], ["cat", "unicorn", "dog"], "no training image shows unicorn: add images"),
+    ([0, 1, 0, 1], [str(k) for k in range(20)], "no training image shows 18 of 20 classes, among them 2, 3, 4, 5, 6: add"),
+])
+def test_classes_without_images(labels, classes, words):
+    with pytest.raises(ValueError, match=words):
+        fit(replace(BASE, model="plain_cnn"), (toy(4)[0], torch.tensor(labels)), classes=classes)
 
 
 def test_bad_validation_data():
@@ -462,6 +477,38 @@ def test_command_with_train_and_val(photos, tmp_path, capsys):
         load_model("resnet18", weights=file, num_classes=3)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_every_class_keeps_images_to_learn_from(seed):
+    "Folders of 10, 10 and 1 images, and of 40, 20 and 2: the parts, and the beginnings of a part"
+    from xai_companion.commands.train import _mixed, _split_off
+    for counts, learned in (((10, 10, 1), {(8, 7, 1), (7, 8, 1)}), ((40, 20, 2), {(32, 16, 2), (31, 16, 2)})):
+        labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+        images = torch.arange(len(labels))
+        (train, of_train), (val, of_val) = _split_off(images, labels, seed)
+        assert sorted([*train.tolist(), *val.tolist()]) == images.tolist() and torch.equal(labels[train], of_train)
+        assert torch.equal(labels[val], of_val) and tuple(of_train.bincount(minlength=3).tolist()) in learned
+        again, other = _split_off(images, labels, seed), _split_off(images, labels, seed + 1)
+        assert torch.equal(again[0][0], train) and not torch.equal(other[0][0], train)
+        order = labels[_mixed(labels, seed)]
+        assert len(order[:3].unique()) == 3 and (order[:len(order) // 2].bincount() - torch.tensor(counts) / 2).abs().max() <= 1
+    with pytest.raises(ValueError, match="one image of each class"):
+        _split_off(torch.arange(3), torch.arange(3), seed)
+
+
+def test_command_on_classes_of_any_size(tmp_path, capsys):
+    "A class with one image is trained; fewer images than classes are an error"
+    from torchvision.utils import save_image
+    for kind, count in (("a", 10), ("b", 10), ("c", 1)):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+        for i in range(count):
+            save_image(torch.full((3, 16, 16), 0.09 * i), tmp_path / "own" / kind / f"{i}.png")
+    words = ("--data", tmp_path / "own", *SHORT, "--epochs", 1, "--seed", 9, "--out", tmp_path / "out")
+    assert run(*words) == 0 and "16 training and 5 validation images, 3 classes" in capsys.readouterr().out
+    assert run(*words, "--images", 8) == 0 and "8 training and 5 validation images, 3 classes" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no training image shows [abc]: add images"):
+        run(*words, "--images", 2)
+
+
 def test_command_with_a_recipe_and_its_options(photos, tmp_path, capsys):
     assert run("--data", photos / "plain", *SHORT, "--epochs", 2, "--recipe", "exconb", "--set", "tau=0.25", "--set", "method=hirescam",
                "--set", "start=0", "--out", tmp_path) == 0
@@ -500,6 +547,22 @@ def test_command_with_a_schedule_of_a_paper(photos, tmp_path):
     config = torch.load(file, weights_only=True)["meta"]["config"]
     assert (config["recipe"], config["model"], config["lr"], config["dtype"]) == ("exconb", "residual_cnn", 0.5, "bfloat16")
     assert config["options"] == {"start": 0.25}
+
+
+@pytest.mark.parametrize("recipe, options", [
+    ("excon_random_mask", {"layers": "layer4.2.conv3", "start": 0.0, "classifier_views": "none"}), ("supcon", {"classifier_views": "none"}),
+    ("edda", {"layers": "layer4.2.conv3", "start": 0.0}), ("ce", {})])
+def test_another_recipe_keeps_the_options_that_it_has(recipe, options):
+    from xai_companion.commands.train import _config
+    config = _config(parse("--config", "excon_tiny_imagenet", "--recipe", recipe))
+    assert (config.options, config.lr, config.model) == (options, 0.5, "resnet50")
+
+
+def test_options_that_are_left_out_are_said(photos, tmp_path, capsys):
+    words = "--config", "excon_tiny_imagenet", "--smoke", "--data", photos / "plain", "--device", "cpu", "--out", tmp_path
+    assert run(*words, "--recipe", "supcon") == 0
+    assert "left out, since supcon has no such option: start of excon_tiny_imagenet\n" in capsys.readouterr().out
+    assert run(*words) == 0 and "left out" not in capsys.readouterr().out
 
 
 def test_command_reads_batch_by_batch(photos, tmp_path):

@@ -23,7 +23,7 @@ from ..hooks import classifier_of, unwrapped
 from ..models import load_model
 from ..networks import SMALL
 from ..train.published import PUBLISHED
-from ..train.recipes import DTYPES, OPTIMIZERS, RECIPES, Config
+from ..train.recipes import DTYPES, OPTIMIZERS, RECIPES, Config, get_recipe
 
 # %% ../../nbs/67c_commands.train.ipynb #5d187955
 def _check_test(name: str, root: str | None):
@@ -38,10 +38,23 @@ def _check_test(name: str, root: str | None):
                          "validation images is printed in any case")
 
 # %% ../../nbs/67c_commands.train.ipynb #db5d97d6
-def _split_off(images, labels, seed, share=5):
-    "Training and validation parts of tensors: every fifth image of a random order is kept back"
+def _mixed(labels, seed):
+    "A random order of images: first one of each class; and in each beginning the classes have their proportions"
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    keep, back = order[torch.arange(len(order)) % share != 0].sort()[0], order[::share].sort()[0]
+    place = torch.empty(len(labels))
+    for label in labels.unique():
+        own = (labels[order] == label).nonzero()[:, 0]
+        place[own] = torch.arange(len(own)) / len(own)
+    return order[place.argsort(stable=True)]
+
+def _split_off(images, labels, seed, share=5):
+    "Training and validation parts of tensors: a fifth of each class is kept back, but not its only image"
+    count = min(-(-len(labels) // share), len(labels) - len(labels.unique()))
+    if not count:
+        raise ValueError("there is one image of each class, so none can be kept back for validation: add images, or folders "
+                         "train and val")
+    order = _mixed(labels, seed)
+    keep, back = order[:-count].sort()[0], order[-count:].sort()[0]
     return (images[keep], labels[keep]), (images[back], labels[back])
 
 def _checked(source: ImageSet) -> ImageSet:
@@ -84,10 +97,10 @@ def read_data(name: str,              # of a set, or a folder
     if "val" not in found:
         found["train"], found["val"] = _split_off(*found["train"], seed)
     if count and count < len(found["train"][1]):
-        some = torch.randperm(len(found["train"][1]), generator=torch.Generator().manual_seed(seed))[:count].sort()[0]
+        some = _mixed(found["train"][1], seed)[:count].sort()[0]
         found["train"] = tuple(t[some] for t in found["train"])
     used = len(found["train"] if stream else found["train"][1])
-    what = f"{sets['train'].fingerprint}, {used} used"
+    what = f"{sets['train'].fingerprint}, {used} used" + ", by class" * (used < len(sets["train"]))
     return found | {"count": used} | {"classes": classes, "name": name, "fingerprint": what}
 
 # %% ../../nbs/67c_commands.train.ipynb #4eeb61cc
@@ -98,7 +111,7 @@ OPTIONS = {  # a field of the config and what it is; the command has an option o
     "epochs": "passes over the training images",
     "seen": "length of the run in images, instead of epochs",
     "batch": "images per step",
-    "optimizer": "sgd has Nesterov's momentum of 0.9",
+    "optimizer": "sgd has Nesterov's momentum of 0.9, sgd_classical the classical one",
     "lr": "largest learning rate",
     "weight_decay": "of all weights",
     "warmup": "share of the steps in which the learning rate rises",
@@ -167,16 +180,21 @@ def start_model(name: str,     # of `load_model`
     return model
 
 # %% ../../nbs/67c_commands.train.ipynb #ee7310ea
-def _config(args, **more) -> Config:
-    "The config that the arguments describe"
+def _base(args) -> Config:
+    "The config that the other arguments change"
     if args.smoke and not args.config:
         raise ValueError("--smoke shortens the schedule of a paper and needs its name: --config NAME; what shortens "
                          "another run is --epochs 1 --images 64")
-    base = Config()
-    if args.config:
-        base = PUBLISHED[args.config].smoke if args.smoke else PUBLISHED[args.config].config
+    if not args.config:
+        return Config()
+    return PUBLISHED[args.config].smoke if args.smoke else PUBLISHED[args.config].config
+
+def _config(args, **more) -> Config:
+    "The config that the arguments describe"
+    base = _base(args)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    options = (base.options if given.get("recipe", base.recipe) == base.recipe else {}) | dict(map(_pair, args.set))
+    known = get_recipe(given.get("recipe", base.recipe)).options
+    options = {name: value for name, value in base.options.items() if name in known} | dict(map(_pair, args.set))
     return Config(**(asdict(base) | given | more | {"flip": base.flip and not args.no_flip, "options": options}))
 
 def _written(args, config) -> str:
@@ -220,11 +238,13 @@ def run_train(args) -> int:
     out = check_folder(settings().reports / "train" if args.out is None else args.out)
     trial = _trial(args, first)
     start = f"{Path(args.weights).name} {model_fingerprint(trial)}" if args.weights else ""
-    images = 64 if args.smoke and args.images is None else args.images
+    images = 256 if args.smoke and args.images is None else args.images  # more than classes
     data = read_data(args.data or first.data, args.root, first.size, images, first.seed, args.test, args.workers is not None)
     config = _config(args, data=data["name"], fingerprint=data["fingerprint"], start=start)
     folder = out / config.name
     if rank == 0:
+        if dropped := [name for name in _base(args).options if name not in get_recipe(config.recipe).options]:
+            print(f"left out, since {config.recipe} has no such option: {', '.join(dropped)} of {args.config}")
         counts = data["count"], len(data["val"][1]), len(data["classes"])
         print("{} training and {} validation images, {} classes; {}".format(*counts, folder))
     try:

@@ -62,7 +62,8 @@ def restore_run(run, folder: Path):
                          "or start afresh (--fresh, or resume=False)") from None
     run.done, run.seconds, run.log = stored["done"], stored["seconds"], stored["log"]
     run.sums.copy_(stored["sums"])
-    write_log(folder / "log.csv", run.log)
+    if run.rank == 0:
+        write_log(folder / "log.csv", run.log)
 
 # %% ../../nbs/42f_train.checkpoint.ipynb #31686331
 def save_weights(run,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core import autocasting
 from ..explain import get_explainer
 from ..hooks import classifier_of
-from .losses import DROP_TARGETS, edda_loss
+from .losses import DROP_TARGETS, edda_loss, gathered
 from .occlusion import CurrentMaps, MapCache, occlude, random_masks, salient
 from .recipes import Recipe, Views
 
@@ -99,11 +99,17 @@ class EDDA(Recipe, name="edda"):
         if self.cache is None:
             [view] = self.augmented(batch.images, generator)
             return view, self.maps(view, targets)
-        if self.cache.stale(moment.epoch, self.option["refresh"]) or not self.cache.known[batch.index].all():
-            self.cache.put(batch.index, self.maps(batch.images.float() / 255, targets))
+        self.renew(batch, targets, moment.epoch)
         with_map = torch.cat([batch.images, self.cache.get(batch.index)], 1)
         [both] = self.augmented(with_map, generator)
         return both[:, :-1].contiguous(memory_format=torch.channels_last), both[:, -1:]
+
+    def renew(self, batch, targets, epoch):
+        "Take the maps that are due, and share them with all processes"
+        due = self.cache.stale(batch.index, epoch, self.option["refresh"]).nonzero()[:, 0]
+        images = batch.images[due].float() / 255
+        maps = self.maps(images, targets[due]) if len(due) else images[:, :1]
+        self.cache.put(gathered(batch.index[due]), gathered(maps), epoch)
 
     def loss(self, model, views, moment):
         logits, option = model(views.images).float(), self.option

@@ -29,7 +29,7 @@ from .checkpoint import restore_run, save_run, save_weights
 from .files import COLUMNS
 from .processes import average_gradients, share_buffers
 from .recipes import Batch, Config, Moment, get_recipe
-from .tensors import check_data, check_fits, check_trainable, to_tensors
+from .tensors import check_classes, check_data, check_fits, check_trainable, to_tensors
 
 # %% ../../nbs/43_train.loop.ipynb #1ab4eebf
 def learning_rate(step: int,     # t, from 0
@@ -50,7 +50,8 @@ def make_optimizer(parameters,     # what learns
     "The optimiser of a config"
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
+    nesterov = config.optimizer == "sgd"
+    return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, nesterov=nesterov, weight_decay=config.weight_decay)
 
 # %% ../../nbs/43_train.loop.ipynb #513fa656
 def loss_and_accuracy(model: nn.Module,  # takes images in [0, 1], returns logits (N, K)
@@ -263,6 +264,7 @@ def fit(config: Config,
     device = pick_device(device)
     processes(device)
     run = prepare(config, train, val, model, classes, device, workers)
+    check_classes(run.data.labels, classes or getattr(train, "classes", None) or [])
     if folder and resume:
         restore_run(run, folder)
     with explained(run, folder), compiling(run.model, compiled):

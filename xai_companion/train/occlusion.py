@@ -159,7 +159,7 @@ def _rows(index, cache):
 
 # %% ../../nbs/40_train.occlusion.ipynb #7acaf587
 class MapCache:
-    "Maps of all training images as bytes, made anew every few epochs"
+    "Maps of all training images as bytes, each with the epoch in which it was taken"
     def __init__(self,
                  count: int,    # training images
                  size: int,     # side of the images in pixels
@@ -167,43 +167,43 @@ class MapCache:
                  ):
         check_counts(count=count, size=size)
         self.maps = torch.zeros(count, 1, size, size, dtype=torch.uint8, device=device)
-        self.known = torch.zeros(count, dtype=torch.bool, device=device)
-        self.made = None  # the epoch that made the maps
+        self.made = torch.full((count,), -1, device=device)  # the epoch of each map; -1: there is none
 
     def stale(self,
-              epoch: int,    # the current one, from 0
-              refresh: int,  # epochs for which a map is good
-              ) -> bool:
-        "Does this epoch make its maps anew? The first one that asks does, and every `refresh` epochs after it"
+              index: Tensor,  # (N,) numbers of the images
+              epoch: int,     # the current one, from 0
+              refresh: int,   # epochs for which a map is good
+              ) -> Tensor:    # bool (N,)
+        "Which of these images need a new map: they have none, or one that is `refresh` epochs old"
         check_counts(refresh=refresh)
-        if self.made is None or not self.made <= epoch < self.made + refresh:
-            self.made = epoch
-        return epoch == self.made
+        made = self.made[_rows(index, self)]
+        return (made < 0) | (made <= epoch - refresh)
 
     def put(self,
             index: Tensor,  # (N,) numbers of the images
             maps: Tensor,   # float (N, 1, S, S) in [0, 1]
+            epoch: int,     # the current one
             ):
         "Keep these maps"
         rows = _rows(index, self)
         maps = _scaled(check_maps(maps, self.maps[rows]))
         self.maps[rows] = (maps * 255).round().byte().to(self.maps.device)
-        self.known[rows] = True
+        self.made[rows] = epoch
 
     def get(self,
             index: Tensor,  # (N,) numbers of the images
             ) -> Tensor:
         "Their maps, uint8 (N, 1, S, S), to travel with the images; divide by 255 afterwards"
         rows = _rows(index, self)
-        missing = rows[~self.known[rows]].tolist()
+        missing = rows[self.made[rows] < 0].tolist()
         if missing:
-            raise RuntimeError(f"images {missing[:5]} have no map yet: put theirs in an epoch that is stale; a run that is "
-                               "resumed needs the state of its cache")
+            raise RuntimeError(f"images {missing[:5]} have no map yet: put theirs, as `stale` says; a run that is resumed needs "
+                               "the state of its cache")
         return self.maps[rows]
 
     def state_dict(self) -> dict:
         "What a checkpoint must hold"
-        return {"maps": self.maps, "known": self.known, "made": self.made}
+        return {"maps": self.maps, "made": self.made}
 
     def load_state_dict(self, state: dict):  # of a cache of as many images of the same size
         "Go on where another cache was"
@@ -211,5 +211,4 @@ class MapCache:
             raise ValueError(f"this state has maps {tuple(state['maps'].shape)}, the cache {tuple(self.maps.shape)}: "
                              "it belongs to a run on other images")
         self.maps.copy_(state["maps"])
-        self.known.copy_(state["known"])
-        self.made = state["made"]
+        self.made.copy_(state["made"])

@@ -48,8 +48,8 @@ def _excon(recipe, data, hours):
     "A row of ExCon's tables"
     options = {} if recipe == "ce" or data != "tiny_imagenet" else {"classifier_views": "none"}
     options |= EXPLAINED[data] if recipe.startswith("excon") else {}
-    config = Config(recipe=recipe, model="resnet50", data=data, epochs=200, lr=0.5, weight_decay=1e-4, warmup=0.05,
-                    dtype="bfloat16", options=options, **EXCON[data])
+    config = Config(recipe=recipe, model="resnet50", data=data, epochs=200, optimizer="sgd_classical", lr=0.5,
+                    weight_decay=1e-4, warmup=0.05, dtype="bfloat16", options=options, **EXCON[data])
     return Published(config, ELSEWHERE.get(f"{recipe}_{data}", "not available"), hours)
 
 # %% ../../nbs/44_train.published.ipynb #323b7885

@@ -32,7 +32,7 @@ class Config:
     epochs: int = 10              # passes over the training images
     seen: int | None = None       # length of the run in images, instead of epochs
     batch: int = 64               # images per step
-    optimizer: str = "sgd"        # "sgd" (Nesterov, momentum 0.9) or "adamw"
+    optimizer: str = "sgd"        # with Nesterov's momentum; or "sgd_classical", or "adamw"
     lr: float = 0.1               # largest learning rate
     weight_decay: float = 5e-4    # of all weights
     warmup: float = 0.1           # share of the steps in which the learning rate rises
@@ -60,7 +60,7 @@ class Config:
         return f"{self.recipe}-{self.model}-{self.data}-{self.key}".replace("/", "_")
 
 # %% ../../nbs/42_train.recipes.ipynb #2bc7a218
-OPTIMIZERS, DTYPES = ("sgd", "adamw"), ("float32", "bfloat16")
+OPTIMIZERS, DTYPES = ("sgd", "sgd_classical", "adamw"), ("float32", "bfloat16")
 
 def check_config(config: "Config"  # to be checked
                  ):
