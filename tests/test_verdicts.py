@@ -127,11 +127,13 @@ def test_win_rate_counts_images(quick):
     save_comparisons("sise", 1, "here", "EBPG", {"a": gaps}, (-2, None))   # as good as: wins are above 0, not above -2
     save_comparisons("sise", 1, "here", "Drop", {"a": gaps}, (None, 2))    # lower is better
     save_comparisons("sise", 3, "here", "EBPG", {"a": gaps}, within(2))    # no side is the better one
+    save_comparisons("sise", 2, "here", "time", {"a": 50 + gaps}, (None, 100), "% of the time")  # no difference: always above 0
     stored = {(r["config"]["claim"], r["config"]["metric"]): r for r in load("sise", "claims")["quick"]}
     assert stored[1, "EBPG"]["wins"] == [0.5, 0.2] and stored[1, "Drop"]["wins"] == [0.2, 0.5] and "wins" not in stored[3, "EBPG"]
     table = comparisons("sise", 1)
     assert table.iloc[0].EBPG.endswith(", wins 50 : 20") and table.iloc[0].Drop.endswith(", wins 20 : 50")
     assert list(comparisons("sise", 1, ["Drop"])) == ["Drop"] and "wins" not in comparisons("sise", 3).iloc[0].EBPG
+    assert "wins" not in stored[2, "time"] and comparisons("sise", 2).iloc[0].time == "+  51.2 [49.6, 52.8]"
 
 
 def test_records_without_a_win_rate_are_shown(quick):
