@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from xai_companion import overview, results, verdicts
+from xai_companion import overview, printed, results, verdicts
 from xai_companion.core import PROFILES
 from xai_companion.records import mean_interval, record, validate
 from xai_companion.results import PAPERS, TIMES, agrees, load, save, show
+from xai_companion.testbeds import OF_PROFILE, TESTBEDS
 
 ROOT = Path(__file__).parents[1]
 STORED = sorted((ROOT / "results").rglob("*.json"))
@@ -129,7 +130,7 @@ def test_show(folders, monkeypatch):
 
 TABLES = {function.__name__: function for function in (
     show, results.grid, results.provenance, verdicts.claims, verdicts.comparisons, overview.claims_overview, overview.claim_details,
-    overview.settings_overview, overview.headlines)}
+    overview.settings_overview, overview.headlines, printed.printed, printed.grids)}
 FORMS = {"text/plain": repr, "text/html": lambda table: table._repr_html_(), "text/markdown": lambda table: table._repr_markdown_()}
 MINIATURES = {"02_results", "02a_verdicts", "02b_overview"}  # these notebooks make results for themselves
 WHOLE = ("guide/claims", "guide/which_explainer")           # these do nothing but read records
@@ -185,3 +186,28 @@ def test_pages_of_records_show_the_records(name, records_only):
             assert_shown(eval(ast.unparse(last), names), outputs)
             compared += 1
     assert compared >= 5
+
+
+def tables_of(call):
+    "The tables of results/ whose rows a call shows, as (paper, table)"
+    call = ast.parse(call, mode="eval").body
+    arguments, beds = ([ast.literal_eval(part) for part in parts] for parts in (call.args, [k.value for k in call.keywords]))
+    match call.func.id:
+        case "show" | "grid":
+            return {tuple(arguments[:2])}
+        case "grids":
+            return {(arguments[0], f"{kind}_{bed}") for kind in arguments[1] for bed in sum(beds, [])}
+        case "comparisons":
+            return {(arguments[0], "claims")}
+    return set()
+
+
+def test_every_table_is_shown():
+    "What is stored has a page, and so has what another profile will store"
+    large = {bed for bed in TESTBEDS if bed in OF_PROFILE["gpu"] + OF_PROFILE["paper"]}
+    coming = {(paper, f"quality_{bed}") for paper in ("sise", "ada_sise", "integrated_gradcam") for bed in TESTBEDS}
+    coming |= {("sise", f"mu_{bed}") for bed in TESTBEDS} | {("sise", f"fusion_{bed}") for bed in large}
+    coming |= {("sise", f"size_{bed}") for bed in TESTBEDS if "ebpg" in TESTBEDS[bed].metrics}
+    stored = {(file.parent.name, file.name.split(".")[0]) for file in STORED}
+    missing = (stored | coming).difference(*(tables_of(call) for _, call, _ in SHOWN))
+    assert not missing, f"no page shows {sorted(missing)}"
