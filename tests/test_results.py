@@ -1,4 +1,5 @@
-"""Records, intervals and agreement; and every file in results/ fits the schema."""
+"""Records, intervals and agreement; every file in results/ fits the schema, and the pages show what is in it."""
+import ast
 import json
 import re
 from pathlib import Path
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from xai_companion import results, verdicts
+from xai_companion import overview, printed, results, verdicts
 from xai_companion.core import PROFILES
 from xai_companion.records import mean_interval, record, validate
-from xai_companion.results import PAPERS, agrees, load, save, show
+from xai_companion.results import PAPERS, TIMES, agrees, load, save, show
+from xai_companion.testbeds import OF_PROFILE, TESTBEDS
 
 ROOT = Path(__file__).parents[1]
 STORED = sorted((ROOT / "results").rglob("*.json"))
@@ -33,7 +35,9 @@ def test_stored_file(file):
     table, profile, _ = name.split(".")
     assert paper in PAPERS and re.fullmatch(r"[a-z0-9_]+", table) and profile in set(PROFILES) - {"smoke"}
     text = file.read_text(encoding="utf-8")
-    assert validate(json.loads(text)) and not re.search(r"/(?:home|root|tmp)/", text)
+    records = validate(json.loads(text))
+    assert records and not re.search(r"/(?:home|root|tmp)/", text)
+    assert not any("wins" in r for r in records if r["unit"] in TIMES), "a share of time has no win rate"
 
 
 def test_interval_is_scipys():
@@ -124,20 +128,86 @@ def test_show(folders, monkeypatch):
     assert len(notice) == 1 and "reproduce --record" in notice.iloc[0, 0]
 
 
-TABLES = {"show": show, "grid": results.grid, "provenance": results.provenance, "claims": verdicts.claims,
-          "comparisons": verdicts.comparisons}
-SHOWN = [(file.relative_to(ROOT).as_posix(), cell["source"], cell["outputs"]) for file in sorted((ROOT / "nbs").rglob("*.ipynb"))
-         for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]
-         if cell["cell_type"] == "code" and "".join(cell["source"]).startswith(tuple(f"{name}(\"" for name in TABLES))]
+TABLES = {function.__name__: function for function in (
+    show, results.grid, results.provenance, verdicts.claims, verdicts.comparisons, overview.claims_overview, overview.claim_details,
+    overview.settings_overview, overview.headlines, printed.printed, printed.grids)}
+FORMS = {"text/plain": repr, "text/html": lambda table: table._repr_html_(), "text/markdown": lambda table: table._repr_markdown_()}
+MINIATURES = {"02_results", "02a_verdicts", "02b_overview"}  # these notebooks make results for themselves
+WHOLE = ("guide/claims", "guide/which_explainer")           # these do nothing but read records
 
 
-@pytest.mark.parametrize("name, source, outputs", SHOWN, ids=[f"{n}-{''.join(s)}" for n, s, _ in SHOWN])
-def test_stored_tables_show_the_records(name, source, outputs, monkeypatch):
-    "Render every table of the notebooks again from results/: what a page shows is what is recorded"
-    if name.endswith(("02_results.ipynb", "02a_verdicts.ipynb")):
-        pytest.skip("that notebook makes a miniature set of results for itself")
+def code_cells(name):
+    "Source and stored outputs of the code cells of a notebook"
+    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return [("".join(cell["source"]), cell["outputs"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def shown_by(source):
+    "The last expression of a cell, if it is a call of one of `TABLES` with nothing but constants"
+    match ast.parse(source).body:
+        case [*_, ast.Expr(ast.Call(ast.Name(name), arguments) as call)] if name in TABLES:
+            return ast.unparse(call) if all(isinstance(part, ast.Constant | ast.List) for part in arguments) else None
+
+
+NOTEBOOKS = [file.relative_to(ROOT / "nbs").with_suffix("").as_posix() for file in sorted((ROOT / "nbs").rglob("*.ipynb"))]
+SHOWN = [(name, call, outputs) for name in NOTEBOOKS if name not in MINIATURES
+         for source, outputs in code_cells(name) if (call := shown_by(source))]
+
+
+@pytest.fixture
+def records_only(monkeypatch):
+    "What pages show outside `reproduce`"
     monkeypatch.chdir(ROOT)
     for variable in ("XAI_COMPANION_REPORT", "XAI_COMPANION_RESULTS"):
         monkeypatch.delenv(variable, raising=False)
-    table = eval("".join(source), dict(TABLES))
-    assert "".join(outputs[0]["data"]["text/plain"]) == repr(table)
+
+
+def assert_shown(value, outputs):
+    "What a cell shows, in all its forms as text, is what it would show now"
+    found = {kind: "".join(text) for kind, text in outputs[0]["data"].items() if kind in FORMS}
+    assert found == {kind: FORMS[kind](value) for kind in found} and found
+
+
+@pytest.mark.parametrize("name, call, outputs", SHOWN, ids=[f"{name}-{call}" for name, call, _ in SHOWN])
+def test_stored_tables_show_the_records(name, call, outputs, records_only):
+    "Render every table of the notebooks again from results/: what a page shows is what is recorded"
+    assert_shown(eval(call, dict(TABLES)), outputs)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_pages_of_records_show_the_records(name, records_only):
+    "The same for pages with functions of their own: run them"
+    names, compared = {}, 0
+    for source, outputs in code_cells(name):
+        *before, last = ast.parse(source).body
+        before = before if outputs else [*before, last]
+        exec(compile(ast.Module(before, []), name, "exec"), names)
+        if outputs:
+            assert_shown(eval(ast.unparse(last), names), outputs)
+            compared += 1
+    assert compared >= 5
+
+
+def tables_of(call):
+    "The tables of results/ whose rows a call shows, as (paper, table)"
+    call = ast.parse(call, mode="eval").body
+    arguments, beds = ([ast.literal_eval(part) for part in parts] for parts in (call.args, [k.value for k in call.keywords]))
+    match call.func.id:
+        case "show" | "grid":
+            return {tuple(arguments[:2])}
+        case "grids":
+            return {(arguments[0], f"{kind}_{bed}") for kind in arguments[1] for bed in sum(beds, [])}
+        case "comparisons":
+            return {(arguments[0], "claims")}
+    return set()
+
+
+def test_every_table_is_shown():
+    "What is stored has a page, and so has what another profile will store"
+    large = {bed for bed in TESTBEDS if bed in OF_PROFILE["gpu"] + OF_PROFILE["paper"]}
+    coming = {(paper, f"quality_{bed}") for paper in ("sise", "ada_sise", "integrated_gradcam") for bed in TESTBEDS}
+    coming |= {("sise", f"mu_{bed}") for bed in TESTBEDS} | {("sise", f"fusion_{bed}") for bed in large}
+    coming |= {("sise", f"size_{bed}") for bed in TESTBEDS if "ebpg" in TESTBEDS[bed].metrics}
+    stored = {(file.parent.name, file.name.split(".")[0]) for file in STORED}
+    missing = (stored | coming).difference(*(tables_of(call) for _, call, _ in SHOWN))
+    assert not missing, f"no page shows {sorted(missing)}"

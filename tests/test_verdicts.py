@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,21 @@ import pytest
 from scipy import stats
 
 from xai_companion.overview import (
+    HEADLINES,
     PLACES,
     LinkedTable,
     claim_details,
     claims_figure,
     claims_overview,
     clarity,
+    headlines,
     place,
     plain_answer,
     settings_overview,
     unit_of,
 )
-from xai_companion.records import mean_interval, record
-from xai_companion.results import load
+from xai_companion.records import canonical, hardware, mean_interval, record
+from xai_companion.results import load, save
 from xai_companion.verdicts import (
     ABOVE,
     BELOW,
@@ -127,11 +130,13 @@ def test_win_rate_counts_images(quick):
     save_comparisons("sise", 1, "here", "EBPG", {"a": gaps}, (-2, None))   # as good as: wins are above 0, not above -2
     save_comparisons("sise", 1, "here", "Drop", {"a": gaps}, (None, 2))    # lower is better
     save_comparisons("sise", 3, "here", "EBPG", {"a": gaps}, within(2))    # no side is the better one
+    save_comparisons("sise", 2, "here", "time", {"a": 50 + gaps}, (None, 100), "% of the time")  # no difference: always above 0
     stored = {(r["config"]["claim"], r["config"]["metric"]): r for r in load("sise", "claims")["quick"]}
     assert stored[1, "EBPG"]["wins"] == [0.5, 0.2] and stored[1, "Drop"]["wins"] == [0.2, 0.5] and "wins" not in stored[3, "EBPG"]
     table = comparisons("sise", 1)
     assert table.iloc[0].EBPG.endswith(", wins 50 : 20") and table.iloc[0].Drop.endswith(", wins 20 : 50")
     assert list(comparisons("sise", 1, ["Drop"])) == ["Drop"] and "wins" not in comparisons("sise", 3).iloc[0].EBPG
+    assert "wins" not in stored[2, "time"] and comparisons("sise", 2).iloc[0].time == "+  51.2 [49.6, 52.8]"
 
 
 def test_records_without_a_win_rate_are_shown(quick):
@@ -243,6 +248,36 @@ def test_figure(three_settings):
     texts = [text.get_text() for text in ax.texts]
     assert texts[:4] == ["2", "1", "1", "1"] and texts.count("not tested") == sum(map(len, CLAIMS.values())) - 3
     assert all("not tested" == text.get_text() for text in claims_figure(three_settings / "nowhere").axes[0].texts)
+
+
+def test_headlines_come_with_their_records(quick, monkeypatch):
+    notice = "not run yet: `xai-companion reproduce --profile {} --record`"
+    assert headlines().command.tolist() == [notice.format("gpu"), notice.format("paper")]
+    row = {"row": "ExCon", "metric": "Accuracy"}
+    for profile in ("quick", "gpu"):
+        monkeypatch.setenv("XAI_COMPANION_PROFILE", profile)
+        monkeypatch.setenv("XAI_COMPANION_COMMAND", f"run {profile}")
+        save("excon", "accuracy", [record(row | {"data": "synthetic"}, 60.0, "%", n=500)])
+    tiny = row | {"data": "tiny_imagenet", "model": "resnet18"}
+    save("excon", "accuracy", [record(tiny, 50.0, "%", n=2000), record(tiny | {"classes": 50}, 70.0, "%", n=1000)])
+    save("ada_sise", "quality_plain", [record({"row": "SISE", "metric": "time", "testbed": "A"}, values=[0.1, 0.3], unit="s")])
+    table = headlines()
+    assert list(table.index) == ["SISE: time, A", "ExCon: Accuracy, plain CNN, creatures",
+                                 "ExCon: Accuracy, ResNet-18, Tiny ImageNet at 64 pixels", "the paper profile"]
+    assert table.command.tolist() == ["gpu: `run gpu`", "quick: `run quick`, gpu: `run gpu`", "gpu: `run gpu`", notice.format("paper")]
+    assert table["quick"].tolist() == ["-", "60 (n=500)", "-", "-"] and table["gpu"].iloc[2] == "50 (n=2000)"
+    assert table["gpu"].iloc[0].endswith(f"(n=2, {hardware()})")
+
+
+def test_a_headline_is_one_row_of_its_table():
+    found = Counter()
+    for paper, table, metric, rows, fixed, _ in HEADLINES:
+        for profile, records in load(paper, table, PAPERS.parents[1] / "results").items():
+            configs = {canonical(r["config"]) for r in records if {"metric": metric}.items() | fixed.items() <= (r["config"] | {"n": r["n"]}).items()
+                       and r["config"]["row"] in rows}
+            assert len(configs) in (0, len(rows)), (paper, table, profile)
+            found[profile] += len(configs)
+    assert found["quick"] >= 20 and found["cpu"] >= 26
 
 
 def test_linked_table():

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .core import PROFILES
 from .records import mean_interval, record
-from .results import Table, load, save
+from .results import TIMES, Table, load, save
 from .viz import LOOK, subplots
 
 # %% ../nbs/02a_verdicts.ipynb #f44fe8b0
@@ -115,9 +115,9 @@ def _nearest_bound(mean, claimed):
     "The bound of the claimed range that the mean is nearest to"
     return min((bound for bound in claimed if bound is not None), key=lambda bound: abs(mean - bound))
 
-def _wins(values, claimed):
-    "Shares of the images on which ours is better and worse, where the claim says which side is the better one"
-    if None not in claimed:
+def _wins(values, claimed, unit):
+    "Shares of the images on which ours is better and worse: of differences, where the claim says which side is the better one"
+    if None not in claimed or unit in TIMES:
         return {}
     better = values if claimed[1] is None else -values
     return {"wins": [round(float((better > 0).mean()), 4), round(float((better < 0).mean()), 4)]}
@@ -145,7 +145,7 @@ def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, e
         mean, *ends = _interval(values, level, unit)
         config = {"row": f"claim {claim}: {metric}, {name}", "claim": claim, "setting": setting, "metric": metric, "rival": name,
                   "claimed": list(claimed), **about}
-        made.append(record(config, value=mean, n=len(values), interval=tuple(ends), unit=unit, **kept) | _wins(values, claimed))
+        made.append(record(config, value=mean, n=len(values), interval=tuple(ends), unit=unit, **kept) | _wins(values, claimed, unit))
     return save(paper, "claims", made, same=("claim", "setting", "metric"))
 
 # %% ../nbs/02a_verdicts.ipynb #c0d35bab
