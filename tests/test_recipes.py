@@ -277,12 +277,15 @@ def test_parts_learn_apart(staged):
         assert torch.equal(statistics, run.model[1].running_mean) == (part == "classifier")
 
 
+@pytest.mark.parametrize("count", [1000, 40])  # images: a batch holds no more
 @pytest.mark.parametrize("name, shares", [("supcon", {}), ("excon", {"accepted": 0.3, "backgrounds": 0.0}),
                                           ("exconb", {"accepted": 0.0, "backgrounds": 0.0}), ("exconb", {"accepted": 0.5, "backgrounds": 0.5})])
-def test_collapse_is_measured_with_the_backgrounds_that_were_there(name, shares):
+def test_collapse_is_measured_with_the_images_and_backgrounds_that_were_there(name, shares, count):
     "Before its start ExConB has none, and then the plateau is that of SupCon"
-    recipe = get_recipe(name)(Config(recipe=name, batch=64))
-    value = collapsed_value(128, background=64 * shares.get("backgrounds", 0))
+    recipe = get_recipe(name)(Config(recipe=name, size=16, batch=64, options={"fill": "black"} if name != "supcon" else {}))
+    recipe.setup(net(), count)
+    images = min(count, 64)
+    value = collapsed_value(2 * images, background=images * shares.get("backgrounds", 0))
     with pytest.warns(UserWarning, match="collapsed network"):
         recipe.watch([{"part": "encoder", "loss": value} | shares] * 2)
     with warnings.catch_warnings():
@@ -326,6 +329,13 @@ def test_bad_options(name, options, words):
 def test_a_layer_that_gives_no_maps_is_an_error_before_the_first_step(name, layer, words):
     with pytest.raises(ValueError, match=words):
         prepare(config(name, options={"layers": layer}), toy(), None, net(), list("abcd"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["edda", "excon"])
+def test_a_mean_that_nobody_knows_is_an_error_before_the_first_step(name):
+    "The network has no `Normalized`, and the recipe asks for the mean colour a quarter of the training later"
+    with pytest.raises(ValueError, match="fill='mean' needs a model"):
+        prepare(config(name, options={"fill": "mean", "start": 0.5}), toy(), None, net(), list("abcd"), torch.device("cpu"))
 
 
 def test_an_unknown_recipe():

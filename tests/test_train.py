@@ -14,9 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from xai_companion.data.datasets import load_dataset
 from xai_companion.models import conv_blocks, load_model
 from xai_companion.networks import TRAINED
 from xai_companion.train import (
@@ -32,7 +34,9 @@ from xai_companion.train import (
     tensors,
     to_tensors,
 )
+from xai_companion.train.checkpoint import save_weights
 from xai_companion.train.files import COLUMNS, write_whole
+from xai_companion.train.loop import prepare
 from xai_companion.train.recipes import CrossEntropy, Views
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -264,6 +268,24 @@ def test_no_bit_of_a_checkpoint_needs_pickle(tmp_path):
     assert stored["config"] == asdict(BASE) and stored["done"] == 20 and stored["meta"]["size"] == 16
 
 
+def test_numbers_and_names_of_numpy(tmp_path):
+    "As a grid of learning rates and a table of names bring them"
+    settings = replace(BASE, model="plain_cnn", epochs=1, lr=np.logspace(-3, -2, 2)[0])
+    for _ in range(2):  # the second goes on from the first one's checkpoint
+        run = fit(settings, toy(), classes=np.unique(["a", "b", "c"]), folder=tmp_path)
+    save_weights(run, tmp_path / "model.pt")
+    assert load_model("plain_cnn", tmp_path / "model.pt").classes == ["a", "b", "c"]
+
+
+def test_a_large_stem_for_small_images(tmp_path):
+    "What the file says of the network is what it is, not what another one of this size would be"
+    for small in (True, False):
+        model = load_model("resnet18", None, 3, small=small)
+        run = prepare(replace(BASE, model="resnet18", size=16), toy(), None, model, None, torch.device("cpu"))
+        save_weights(run, tmp_path / "model.pt")
+        assert load_model("resnet18", tmp_path / "model.pt", 3).network.conv1.kernel_size == ((3, 3) if small else (7, 7))
+
+
 # ------------------------------------------------------------------ a full disk, damaged files, other runs
 
 
@@ -361,6 +383,17 @@ def test_classes_without_images(labels, classes, words):
 def test_bad_validation_data():
     with pytest.raises(ValueError, match="label 3 of validation image 0"):
         fit(BASE, toy(), (toy()[0], toy()[1] + 3), model=small_net())
+
+
+def test_validation_images_of_other_classes(tmp_path):
+    for split, classes in (("train", "abc"), ("val", "ac")):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
+    train, val = (load_dataset("imagefolder", split, root=tmp_path, size=16) for split in ("train", "val"))
+    with pytest.raises(ValueError, match="validation images have other classes than the training images: a, c beside a, b, c"):
+        fit(replace(BASE, model="plain_cnn"), train, val)
 
 
 def test_a_batch_of_one_without_batch_norm_is_fine():
@@ -529,7 +562,8 @@ def test_command_goes_on_from_weights(photos, tmp_path):
     [again] = (tmp_path / "b").rglob("model.pt")
     old, new = (load_model("plain_cnn", f) for f in (file, again))
     torch.testing.assert_close(old.fc.weight, new.fc.weight, atol=1e-6, rtol=0)
-    assert torch.load(again, weights_only=True)["meta"]["config"]["start"].startswith("model.pt ")
+    meta = torch.load(again, weights_only=True)["meta"]
+    assert meta["config"]["start"].startswith("model.pt ") and meta["command"].endswith(" --weights model.pt")
     assert run("--data", photos / "plain", *SHORT, "--epochs", 1, "--lr", 1e-9, "--weights", "pretrained", "--out", tmp_path / "c") == 0
     [other] = (tmp_path / "c").rglob("model.pt")
     model, twenty = load_model("plain_cnn", other), load_model("plain_cnn")

@@ -84,9 +84,10 @@ def real_lab(name: str,            # of `load_dataset`, one class per image
     back = len(order) // 20
     items = (held[i] for i in seeded_order(len(held)))
     items = list(islice((item for item in items if item.label < count), test))
+    own = f"{name}_{classes}" if classes else name
     return Lab((images[order[back:]], labels[order[back:]]), (images[order[:back]], labels[order[:back]]),
                torch.stack([item.image for item in items]), torch.tensor([item.label for item in items]),
-               [item.mask() for item in items], train.classes[:count], name, f"{train.fingerprint}, {len(order) - back} used")
+               [item.mask() for item in items], train.classes[:count], own, f"{train.fingerprint}, {len(order) - back} used")
 
 TEST_PARTS = ("cifar10", "cifar100", "svhn")  # sets whose held-out part is called test
 

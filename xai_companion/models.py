@@ -197,7 +197,9 @@ def load_model(name: str = EMBEDDED,       # one of `model_names()`
     if classes is None:
         classes = meta.get("classes") or (imagenet_classes() if num_classes == 1000 else None)
     mean, std, size = (meta.get(key, own) for key, own in (("mean", mean), ("std", std), ("size", size)))
-    return Normalized(network, mean, std, classes, size).to(device).eval()
+    model = Normalized(network, mean, std, classes, size).to(device).eval()
+    model.small = small  # for those who write its weights to a file, and what it takes to read them
+    return model
 
 # %% ../nbs/06_models.ipynb #f021dad8
 def top_classes(model: nn.Module,  # returns logits (N, K)

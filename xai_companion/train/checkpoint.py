@@ -14,7 +14,6 @@ from torch import Tensor
 
 # %% ../../nbs/42f_train.checkpoint.ipynb #92489a13
 from ..hooks import unwrapped
-from ..networks import SMALL
 from .files import packed, read_checkpoint, write_log, write_whole
 
 # %% ../../nbs/42f_train.checkpoint.ipynb #1194e3e9
@@ -24,7 +23,7 @@ def describe(run  # a `Run` of the loop
     model, last = run.model, run.log[-1] if run.log else {}
     found = {key: getattr(model, key, None) for key in ("mean", "std")}
     flat = {key: value.flatten().tolist() for key, value in found.items() if isinstance(value, Tensor)}
-    return flat | {"model": run.config.model, "small": run.config.model in SMALL and run.config.size <= 64,
+    return flat | {"model": run.config.model, "small": getattr(model, "small", False),
                    "size": run.config.size, "classes": getattr(model, "classes", None), "config": asdict(run.config),
                    "accuracy": last.get("val_accuracy")}
 

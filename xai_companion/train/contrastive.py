@@ -52,7 +52,7 @@ class SupCon(Recipe, name="supcon"):
     def setup(self, model, count):
         _, self.classifier = classifier_of(model)
         self.head = Projection(self.classifier.in_features, self.option["dim"]).to(self.classifier.weight.device)
-        self.staged = self.option["staged"]
+        self.staged, self.batch = self.option["staged"], min(self.config.batch, count)
 
     def parameters(self, model, part):
         last = list(self.classifier.parameters())
@@ -96,9 +96,9 @@ class SupCon(Recipe, name="supcon"):
 
     def watch(self, log):
         rows = [row for row in log if row["part"] == "encoder"]
-        batch, backgrounds = self.config.batch, rows[-1].get("backgrounds", 0)
-        message = collapse_alarm([row["loss"] for row in rows], 2 * batch, self.option["temperature"], self.option["base_temperature"],
-                                 backgrounds * batch * self.background_weight, window=2)
+        backgrounds = rows[-1].get("backgrounds", 0) * self.batch * self.background_weight
+        message = collapse_alarm([row["loss"] for row in rows], 2 * self.batch, self.option["temperature"],
+                                 self.option["base_temperature"], backgrounds, window=2)
         if message:
             warnings.warn(message, stacklevel=2)
 

@@ -48,7 +48,8 @@ def maps_of(model,
         with autocasting(images.device, config.dtype):
             return make(images, labels)
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    maps(torch.zeros(1, channels, config.size, config.size, device=next(model.parameters()).device), [0])
+    black = torch.zeros(1, channels, config.size, config.size, device=next(model.parameters()).device)
+    occlude(black, maps(black, [0]) > 0, option["fill"], model)
     return maps
 
 # %% ../../nbs/42c_train.edda.ipynb #c69ab424

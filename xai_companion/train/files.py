@@ -12,6 +12,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 # %% ../../nbs/42b_train.files.ipynb #28229c94
@@ -38,11 +39,19 @@ def write_whole(file: Path,    # to be written, or replaced
     finally:
         part.unlink(missing_ok=True)
 
+def _plain(value):
+    "NumPy's numbers, words and arrays as Python's, in dicts and lists as well: a checkpoint with others cannot be read"
+    if isinstance(value, dict):
+        return {_plain(key): _plain(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
+
 def packed(state: dict  # what will be read again: tensors, numbers, text, lists and dicts of them
            ) -> bytes:
     "What torch.save writes"
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_plain(state), buffer)
     return buffer.getvalue()
 
 # %% ../../nbs/42b_train.files.ipynb #7ceb2d77

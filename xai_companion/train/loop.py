@@ -225,7 +225,9 @@ def _class_count(labels, classes, model) -> int:
 
 def prepare(config: Config, train, val, model, classes, device, workers=None) -> Run:
     "A run, checked; data, model and classes as `fit` takes them"
-    classes = classes or getattr(train, "classes", None)
+    if isinstance(train, ImageSet) and isinstance(val, ImageSet) and train.classes != val.classes:
+        raise ValueError(f"the validation images have other classes than the training images: {', '.join(val.classes[:5])} beside "
+                         f"{', '.join(train.classes[:5])}; a label would mean one thing here and another there")
     val = to_tensors(val, config.size) if isinstance(val, ImageSet) else val
     if isinstance(train, ImageSet):
         train = to_tensors(train, config.size) if workers is None else Streamed(train, config.size, device, workers)
@@ -261,10 +263,11 @@ def fit(config: Config,
         ) -> Run:
     "Train; the run, with its `model` in evaluation mode and its `log`"
     folder = folder and Path(folder)
+    classes = getattr(train, "classes", None) if classes is None else list(classes)
     device = pick_device(device)
     processes(device)
     run = prepare(config, train, val, model, classes, device, workers)
-    check_classes(run.data.labels, classes or getattr(train, "classes", None) or [])
+    check_classes(run.data.labels, classes or [])
     if folder and resume:
         restore_run(run, folder)
     with explained(run, folder), compiling(run.model, compiled):
