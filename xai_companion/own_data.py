@@ -10,7 +10,9 @@ import csv
 import difflib
 import json
 import re
+import zlib
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -147,7 +149,6 @@ class Located(ImageSet):
         self.data, self.size, self.crop = data, size, crop
         self.boxes, self.masks = {} if boxes is None else read_boxes(boxes), None if masks is None else Path(masks)
         self.name, self.split, self.classes, self.multi_label = data.name, data.split, data.classes, data.multi_label
-        self.fingerprint = f"{data.fingerprint}, {len(self.boxes)} boxes" if boxes else data.fingerprint
         if self.masks is not None and not self.masks.is_dir():
             raise FileNotFoundError(f"there is no folder of masks {self.masks}")
         if unknown := set(self.boxes) - set(getattr(data, "files", self.boxes)):
@@ -155,6 +156,21 @@ class Located(ImageSet):
                 f"{boxes} has boxes for {sorted(unknown)[0]!r}, which is not among the images. Files are written "
                 f"as below their folder, such as {getattr(data, 'files', [''])[0]!r}"
             )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        "That of the images, with checksums of boxes and masks, and the size they are given"
+        parts = [self.data.fingerprint]
+        if self.boxes:
+            rows = [(file, boxes.tolist()) for file, boxes in self.boxes.items()]
+            parts.append(f"{len(rows)} boxes {zlib.crc32(str(rows).encode()):08x}")
+        if self.masks is not None:
+            files = sorted(path for path in self.masks.rglob("*") if path.is_file())
+            rows = [(path.relative_to(self.masks).as_posix(), zlib.crc32(path.read_bytes())) for path in files]
+            parts.append(f"{len(rows)} masks {zlib.crc32(str(rows).encode()):08x}")
+        if self.size is not None:
+            parts.append(f"{'cropped' if self.crop else 'squashed'} to {self.size}")
+        return ", ".join(parts)
 
     def __len__(self):
         return len(self.data)
