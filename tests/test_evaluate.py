@@ -16,7 +16,7 @@ from torchvision.utils import save_image
 from xai_companion.cli import main
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.synthetic import Synthetic
-from xai_companion.evaluate import Ledger, by_size, evaluate, load_units, seeded_order, summary
+from xai_companion.evaluate import Ledger, by_size, differences, evaluate, load_units, seeded_order, summary
 from xai_companion.explain import SISE, GradCAM
 from xai_companion.explain.base import Explainer
 from xai_companion.explain.contract import trap_network
@@ -241,6 +241,19 @@ def test_budget_stops_the_slow_and_keeps_pairs(network, tmp_path, monkeypatch):
     explainers = {"cam": GradCAM(network), "sise": SISE(network)}
     done = evaluate(explainers, Street(), ("drop",), batch=1, budget=3, folder=tmp_path).groupby("explainer").position.unique()
     assert done["sise"].tolist() == [0, 1, 2] and done["cam"].tolist() == list(range(6))
+
+
+def test_an_explainer_that_saw_no_mask_keeps_its_column(network, tmp_path, monkeypatch):
+    class Late(Street):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return item if index != seeded_order(6)[0] else Item(item.name, item.image, item.labels)
+
+    monkeypatch.setattr(Ledger, "seconds", property(lambda self: len(self.done) * self.own.name.startswith("sise")))
+    explainers = {"cam": GradCAM(network), "sise": SISE(network)}
+    frame = evaluate(explainers, Late(), ("ebpg",), batch=1, budget=1, folder=tmp_path)
+    assert summary(frame).loc["sise", "EBPG (%)"] == "-" and "±" in summary(frame).loc["cam", "EBPG (%)"]
+    assert len(differences(frame, "cam", ["sise"], "ebpg")["sise"]) == 0
 
 
 def test_one_order_for_all():

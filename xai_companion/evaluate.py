@@ -206,7 +206,8 @@ def _is_left(ledger, positions, budget):
 def _frame(label, ledger, batches):
     "The rows of one explainer, in the order of the images"
     rows = [row for batch in map(_name, batches) if batch in ledger.done for row in ledger.done[batch]["rows"]]
-    return pd.DataFrame(rows).assign(explainer=label)
+    frame = pd.DataFrame(rows).assign(explainer=label)
+    return frame.astype({name: float for name in ("area", *METRICS) if name in frame})  # also where all are None
 
 # %% ../nbs/50_evaluate.ipynb #06a9255a
 def evaluate(explainers: dict,      # explainer by the name that it has in the table; all of one model
@@ -311,7 +312,7 @@ def differences(frame: pd.DataFrame,  # from `evaluate`
                 metric: str,          # a name in `METRICS`
                 ) -> dict:            # by rival: (N,) ours minus theirs, on the images that both have
     "Differences per image, as tables show the metric: in percentage points where it is a percentage"
-    wide = frame.pivot_table(index="position", columns="explainer", values=metric, sort=False) * METRICS[metric].scale
+    wide = frame.pivot_table(index="position", columns="explainer", values=metric, sort=False, dropna=False) * METRICS[metric].scale
     return {rival: (wide[ours] - wide[rival]).dropna() for rival in rivals}
 
 # %% ../nbs/50_evaluate.ipynb #ebb84ae6
