@@ -139,6 +139,22 @@ def test_a_stopped_run_goes_on(network, tmp_path, monkeypatch):
     assert len(calls) == 9, "another layer is another explainer, and starts anew"
 
 
+def test_another_activation_starts_anew(tmp_path):
+    "The same weights are another network with another activation, or another forward pass"
+    def rows(base, activation, folder=None):
+        network = base(conv, activation, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), linear)
+        return without_time(evaluate({"cam": GradCAM(network, layers="1")}, Street(), ("drop",), batch=1, folder=folder))
+
+    plain = type("Net", (torch.nn.Sequential,), {})
+    brighter = type("Net", (torch.nn.Sequential,), {"forward": lambda self, x: torch.nn.Sequential.forward(self, 2 * x)})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conv, linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 6)
+    for kind in ((plain, torch.nn.ReLU()), (plain, torch.nn.Tanh()), (brighter, torch.nn.ReLU())):
+        assert rows(*kind, tmp_path).equals(rows(*kind))
+    assert len(list(tmp_path.glob("*.jsonl"))) == 3
+
+
 def test_more_images_complete_a_short_last_batch(network, tmp_path):
     explainers = {"cam": GradCAM(network)}
     evaluate(explainers, Street(), ("drop",), n=3, batch=2, folder=tmp_path)

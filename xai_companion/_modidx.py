@@ -684,6 +684,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'xai_companion.evaluate._only_model': ('evaluate.html#_only_model', 'xai_companion/evaluate.py'),
                                         'xai_companion.evaluate._plain': ('evaluate.html#_plain', 'xai_companion/evaluate.py'),
                                         'xai_companion.evaluate._pointing': ('evaluate.html#_pointing', 'xai_companion/evaluate.py'),
+                                        'xai_companion.evaluate._structure': ('evaluate.html#_structure', 'xai_companion/evaluate.py'),
                                         'xai_companion.evaluate._with_interval': ( 'evaluate.html#_with_interval',
                                                                                    'xai_companion/evaluate.py'),
                                         'xai_companion.evaluate._work': ('evaluate.html#_work', 'xai_companion/evaluate.py'),

@@ -8,10 +8,12 @@ __all__ = ['SIZES', 'describe', 'model_fingerprint', 'seeded_order', 'Units', 'l
 
 # %% ../nbs/50_evaluate.ipynb #201d1bda
 import hashlib
+import inspect
 import os
+import re
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from .core import processes, progress
 from .data.items import ImageSet, resized
 from .explain import Explainer
 from .explain.base import check_counts
-from .hooks import evaluating, find_layers
+from .hooks import evaluating, find_layers, plain_module
 from .ledger import Ledger, writing
 from .metrics import METRICS, bbox_score, deletion_auc, ebpg, insertion_auc, miou, pointing_game
 from .metrics.faithfulness import confidence_pair, drop, increase, soft_confidence_pair
@@ -61,6 +63,15 @@ def describe(explainer: Explainer) -> dict:
 def model_fingerprint(model: nn.Module) -> str:
     "Eight hexadecimal digits that depend on every weight, and on mean and standard deviation"
     return _digest([tensor for _, tensor in (*model.named_parameters(), *model.named_buffers())])
+
+def _structure(model):
+    "Eight hexadecimal digits that depend on the modules, their options and the code of their forward passes"
+    model = plain_module(model)
+    lines = [re.sub(r" at 0x\w+", "", str(model))]
+    for forward in dict.fromkeys(getattr(m.forward, "__func__", m.forward) for m in model.modules()):
+        with suppress(OSError, TypeError):  # code without a file
+            lines.append(inspect.getsource(forward))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
 
 # %% ../nbs/50_evaluate.ipynb #d20dbcae
 def seeded_order(count: int,  # images in the set
@@ -194,7 +205,8 @@ def _config(explainer, model_key, data, metrics, settings):
 
 def _work(explainers, data, metrics, n=None, seed=0, size=None, batch=8, device="cpu", score="softmax", **options):
     "The order of the images, the batches, and for each explainer everything that determines its rows"
-    order, key = seeded_order(len(data), n, seed), model_fingerprint(_only_model(explainers, metrics))
+    order, model = seeded_order(len(data), n, seed), _only_model(explainers, metrics)
+    key = f"{model_fingerprint(model)} {_structure(model)}"
     batches = [range(start, min(start + batch, len(order))) for start in range(0, len(order), batch)]
     settings = {"seed": seed, "size": size, "batch": batch, "device": torch.device(device).type, "score": score, **options}
     return order, batches, {label: _config(e, key, data, metrics, settings) for label, e in explainers.items()}
