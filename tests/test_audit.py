@@ -17,6 +17,7 @@ from torch import nn
 from xai_companion import findings as find
 from xai_companion.audit import audit
 from xai_companion.commands.audit import add_audit
+from xai_companion.core import seeded
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.readers import ImageFolder
 from xai_companion.explain import Explainer
@@ -411,6 +412,13 @@ def test_an_image_that_cannot_be_read_names_its_file(place):
     with pytest.raises(ValueError, match="2.png"):
         command("my_red_model:make", "pictures", "--size", 16, "--method", "occlusion")
     assert not (place / "audit.html").exists()
+
+
+def test_a_model_of_half_precision(place):
+    with seeded(0):
+        network, data = load_model("resnet18", weights=None, num_classes=2), ImageFolder("pictures")
+    whole, half = (audit(network.to(dtype), data, "gradcam", size=32) for dtype in (torch.float32, torch.bfloat16))
+    assert half.facts.confidence.tolist() == pytest.approx(whole.facts.confidence.tolist(), abs=0.02)
 
 
 def test_boxes_and_masks_agree(place):

@@ -272,6 +272,13 @@ def test_an_explainer_that_saw_no_mask_keeps_its_column(network, tmp_path, monke
     assert len(differences(frame, "cam", ["sise"], "ebpg")["sise"]) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_half_precision(dtype):
+    whole, half = (evaluate({"cam": GradCAM(trap_network().to(d))}, Street(), ("ebpg", "drop"), n=2) for d in (torch.float32, dtype))
+    for name in ("probability", "ebpg", "drop"):
+        np.testing.assert_allclose(half[name], whole[name], atol=0.02, err_msg=name)
+
+
 def test_one_order_for_all():
     assert seeded_order(50, 7) == seeded_order(50)[:7] and sorted(seeded_order(50)) == list(range(50))
     units = load_units(Street(), seeded_order(6), range(6), 32)

@@ -88,7 +88,7 @@ def seeded_order(count: int,  # images in the set
 @dataclass
 class Units:
     "A batch of things to explain: images (U, C, H, W), target classes (U,), masks, and a row of facts for each"
-    images: Tensor       # float32 (U, C, H, W) in [0, 1]
+    images: Tensor       # float (U, C, H, W) in [0, 1]
     target: Tensor       # int64 (U,)
     masks: list          # U masks, bool (1, H, W), or None where the place is not known
     facts: list[dict]    # U rows: position, name, label, area
@@ -98,6 +98,7 @@ def load_units(data: ImageSet,
                positions: range,      # which entries of the order
                size: int | None,      # side of the images in pixels; None leaves them as they are
                device="cpu",
+               dtype=torch.float32,   # of the images: that of the model
                ) -> Units:
     "The units of some images"
     images, target, masks, facts = [], [], [], []
@@ -118,7 +119,7 @@ def load_units(data: ImageSet,
     if len(sizes) > 1:
         raise ValueError(f"the images have different sizes, such as {sizes[0]} and {sizes[-1]} pixels: give size=..., the side that "
                          "the model takes")
-    return Units(torch.stack(images).to(device), torch.tensor(target, device=device), masks, facts)
+    return Units(torch.stack(images).to(device, dtype), torch.tensor(target, device=device), masks, facts)
 
 # %% ../nbs/50_evaluate.ipynb #b0f3671a
 def _pointing(maps, masks):
@@ -237,7 +238,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
              **options,             # further options of the metrics that ask the model: dtype, chunk
              ) -> pd.DataFrame:     # a row per explainer, image and class; a column per metric
     "Explain the images with every explainer, and score the maps"
-    _only_model(explainers, metrics)
+    dtype = next(_only_model(explainers, metrics).parameters(), torch.empty(0)).dtype
     check_counts(batch=batch)
     if budget is not None and budget <= 0:
         raise ValueError(f"budget must be above 0 seconds, got {budget}")
@@ -254,7 +255,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
         for positions in progress(batches[rank::world], "evaluating", unit="batch"):
             todo = [label for label, ledger in ledgers.items() if _is_left(ledger, positions, budget)]
             if todo:
-                units = load_units(data, order, positions, size, device)
+                units = load_units(data, order, positions, size, device, dtype)
                 _one_batch({label: explainers[label] for label in todo}, ledgers, _name(positions), units, metrics, score, options)
         if world > 1:
             torch.distributed.barrier()
