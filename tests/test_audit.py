@@ -17,6 +17,7 @@ from torch import nn
 from xai_companion import findings as find
 from xai_companion.audit import audit
 from xai_companion.commands.audit import add_audit
+from xai_companion.core import seeded
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.readers import ImageFolder
 from xai_companion.explain import Explainer
@@ -413,8 +414,27 @@ def test_an_image_that_cannot_be_read_names_its_file(place):
     assert not (place / "audit.html").exists()
 
 
+def test_a_model_of_half_precision(place):
+    with seeded(0):
+        network, data = load_model("resnet18", weights=None, num_classes=2), ImageFolder("pictures")
+    whole, half = (audit(network.to(dtype), data, "gradcam", size=32) for dtype in (torch.float32, torch.bfloat16))
+    assert half.facts.confidence.tolist() == pytest.approx(whole.facts.confidence.tolist(), abs=0.02)
+
+
 def test_boxes_and_masks_agree(place):
     masked, boxed = Located(ImageFolder("pictures"), masks="masks", size=40), Located(ImageFolder("pictures"), boxes="boxes.csv", size=40)
     for a, b in zip(masked, boxed, strict=True):
         assert a.image.shape == (3, 40, 40) and a.mask().equal(b.mask()) and a.mask().float().mean() == 0.5
-    assert masked.classes == ["blue", "red"] and len(masked) == 8 and boxed.fingerprint != masked.fingerprint
+    assert masked.classes == ["blue", "red"] and len(masked) == 8
+
+
+def test_the_fingerprint_says_where_the_objects_are(place):
+    def made(**options):
+        return Located(ImageFolder("pictures"), **options).fingerprint
+
+    first = [made(), made(boxes="boxes.csv"), made(masks="masks"), made(size=40), made(size=40, crop=True)]
+    table, mask = place / "boxes.csv", next((place / "masks").rglob("*.png"))
+    table.write_text("\n".join(line.rsplit(",", 1)[0] + ",3" for line in table.read_text().splitlines()))
+    with Image.open(mask) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(mask)
+    assert len({*first, made(boxes="boxes.csv"), made(masks="masks")}) == 7 and first[0] == made()

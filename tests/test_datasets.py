@@ -720,6 +720,41 @@ def test_index_and_fingerprint(tmp_path):
     assert load_dataset("tiny_imagenet", root=tmp_path).fingerprint != data.fingerprint
 
 
+def repainted(file, box):
+    "Paint a box of a stored picture black"
+    with Image.open(file) as image:
+        image.paste(0, box)
+        image.save(file)
+
+
+def test_voc_fingerprint_covers_masks(tmp_path):
+    folder = write_voc(tmp_path / "VOCdevkit" / "VOC2007")
+    boxes, masks = (load_dataset("voc2007", root=tmp_path, masks=m).fingerprint for m in (False, True))
+    repainted(folder / "SegmentationClass" / "000001.png", (0, 0, 2, 30))
+    again = [load_dataset("voc2007", root=tmp_path, masks=m).fingerprint for m in (False, True)]
+    assert again[0] == boxes and len({boxes, masks, again[1]}) == 3
+
+
+@needs_coco
+def test_coco_fingerprint_covers_boxes_outlines_and_crowds(tmp_path):
+    made = []
+    for values, crowd in (({}, True), ({}, False), ({"bbox": [1, 1, 2, 2]}, True), ({"segmentation": [[0, 0, 9, 0, 9, 9]]}, True)):
+        content = change("annotations", 1, category_id=13)  # no class is a crowd only
+        content["annotations"][0].update(values)
+        write_coco(tmp_path / "coco", content)
+        made.append(load_dataset("coco2014", root=tmp_path, crowd=crowd))
+    assert all(one.targets == made[0].targets for one in made) and len({one.fingerprint for one in made}) == 4
+
+
+def test_severstal_fingerprint_covers_runs(tmp_path):
+    rows = [(steel_names()[0], 3, f"{100 * 256 + 1} {length}") for length in (2560, 2561)]
+    made = []
+    for row in rows:
+        write_steel(tmp_path / "severstal", [row])
+        made.append(load_dataset("severstal", root=tmp_path))
+    assert made[0].targets == made[1].targets and made[0].fingerprint != made[1].fingerprint
+
+
 def test_loader_workers(tmp_path):
     write_tiny(tmp_path / "tiny-imagenet-200")
     data = load_dataset("tiny_imagenet", root=tmp_path, size=32)

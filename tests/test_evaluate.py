@@ -16,7 +16,7 @@ from torchvision.utils import save_image
 from xai_companion.cli import main
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.synthetic import Synthetic
-from xai_companion.evaluate import Ledger, by_size, evaluate, load_units, seeded_order, summary
+from xai_companion.evaluate import Ledger, by_size, differences, evaluate, load_units, seeded_order, summary
 from xai_companion.explain import SISE, GradCAM
 from xai_companion.explain.base import Explainer
 from xai_companion.explain.contract import trap_network
@@ -139,6 +139,22 @@ def test_a_stopped_run_goes_on(network, tmp_path, monkeypatch):
     assert len(calls) == 9, "another layer is another explainer, and starts anew"
 
 
+def test_another_activation_starts_anew(tmp_path):
+    "The same weights are another network with another activation, or another forward pass"
+    def rows(base, activation, folder=None):
+        network = base(conv, activation, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), linear)
+        return without_time(evaluate({"cam": GradCAM(network, layers="1")}, Street(), ("drop",), batch=1, folder=folder))
+
+    plain = type("Net", (torch.nn.Sequential,), {})
+    brighter = type("Net", (torch.nn.Sequential,), {"forward": lambda self, x: torch.nn.Sequential.forward(self, 2 * x)})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        conv, linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 6)
+    for kind in ((plain, torch.nn.ReLU()), (plain, torch.nn.Tanh()), (brighter, torch.nn.ReLU())):
+        assert rows(*kind, tmp_path).equals(rows(*kind))
+    assert len(list(tmp_path.glob("*.jsonl"))) == 3
+
+
 def test_more_images_complete_a_short_last_batch(network, tmp_path):
     explainers = {"cam": GradCAM(network)}
     evaluate(explainers, Street(), ("drop",), n=3, batch=2, folder=tmp_path)
@@ -241,6 +257,26 @@ def test_budget_stops_the_slow_and_keeps_pairs(network, tmp_path, monkeypatch):
     explainers = {"cam": GradCAM(network), "sise": SISE(network)}
     done = evaluate(explainers, Street(), ("drop",), batch=1, budget=3, folder=tmp_path).groupby("explainer").position.unique()
     assert done["sise"].tolist() == [0, 1, 2] and done["cam"].tolist() == list(range(6))
+
+
+def test_an_explainer_that_saw_no_mask_keeps_its_column(network, tmp_path, monkeypatch):
+    class Late(Street):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return item if index != seeded_order(6)[0] else Item(item.name, item.image, item.labels)
+
+    monkeypatch.setattr(Ledger, "seconds", property(lambda self: len(self.done) * self.own.name.startswith("sise")))
+    explainers = {"cam": GradCAM(network), "sise": SISE(network)}
+    frame = evaluate(explainers, Late(), ("ebpg",), batch=1, budget=1, folder=tmp_path)
+    assert summary(frame).loc["sise", "EBPG (%)"] == "-" and "±" in summary(frame).loc["cam", "EBPG (%)"]
+    assert len(differences(frame, "cam", ["sise"], "ebpg")["sise"]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_of_half_precision(dtype):
+    whole, half = (evaluate({"cam": GradCAM(trap_network().to(d))}, Street(), ("ebpg", "drop"), n=2) for d in (torch.float32, dtype))
+    for name in ("probability", "ebpg", "drop"):
+        np.testing.assert_allclose(half[name], whole[name], atol=0.02, err_msg=name)
 
 
 def test_one_order_for_all():

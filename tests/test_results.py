@@ -3,6 +3,7 @@ import ast
 import json
 import re
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -78,6 +79,23 @@ def test_merge_keeps_what_others_stored(folders, monkeypatch):
     with pytest.raises(OSError):
         save("sise", "t", [record({"row": "c"}, 2.0, n=3)])
     assert load("sise", "t")["quick"] == stored and not list(folders.rglob("*.part"))
+
+
+def test_two_that_save_at_once_lose_nothing(folders, monkeypatch):
+    "The second one begins when the first has read the file, and has not written yet"
+    read, second = results._read, Thread(target=save, args=("sise", "t", [record({"row": "b"}, 1.0, n=3)]))
+
+    def interrupted(file):
+        found = read(file)
+        if second.ident is None:
+            second.start()
+            second.join(0.5)
+        return found
+
+    monkeypatch.setattr(results, "_read", interrupted)
+    save("sise", "t", [record({"row": "a"}, 1.0, n=3)])
+    second.join()
+    assert [r["config"]["row"] for r in load("sise", "t", folders / "reports")["quick"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize("profile, record_it", [("smoke", "1"), ("quick", "0"), ("quick", "")])

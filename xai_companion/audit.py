@@ -43,8 +43,9 @@ class Setting:
 
     def load(self, positions: range) -> Units:
         "Some images, with the labels as the model counts them"
+        dtype = next(self.model.parameters(), torch.empty(0)).dtype
         try:
-            units = load_units(self.data, self.order, positions, self.size, self.device)
+            units = load_units(self.data, self.order, positions, self.size, self.device, dtype)
         except RuntimeError as error:
             if "stack expects" not in str(error):
                 raise

@@ -41,7 +41,7 @@ def find_settings(start: Path | str | None = None  # folder to start from; defau
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
         file = folder / "settings.ini"
-        if file.is_file() and "[xai_companion]" in file.read_text(encoding="utf-8"):
+        if file.is_file() and "[xai_companion]" in file.read_text(encoding="utf-8", errors="replace"):
             return file
     return None
 
@@ -54,9 +54,12 @@ def settings(start: Path | str | None = None  # folder to start the search from;
              ) -> Settings:
     "Settings from the environment, then `settings.ini`, then the defaults"
     file = find_settings(start)
-    ini = configparser.ConfigParser(DEFAULTS)
+    ini = configparser.ConfigParser(DEFAULTS, interpolation=None)
     if file:
-        ini.read(file, encoding="utf-8")
+        try:
+            ini.read(file, encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not in UTF-8 ({error}): save it in that encoding") from None
     found = {k: os.environ.get(f"XAI_COMPANION_{k.upper()}") for k in DEFAULTS}
     section = ini["xai_companion"] if file else ini["DEFAULT"]
     value = {k: found[k] or section[k] for k in DEFAULTS}

@@ -8,10 +8,12 @@ __all__ = ['SIZES', 'describe', 'model_fingerprint', 'seeded_order', 'Units', 'l
 
 # %% ../nbs/50_evaluate.ipynb #201d1bda
 import hashlib
+import inspect
 import os
+import re
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from .core import processes, progress
 from .data.items import ImageSet, resized
 from .explain import Explainer
 from .explain.base import check_counts
-from .hooks import evaluating, find_layers
+from .hooks import evaluating, find_layers, plain_module
 from .ledger import Ledger, writing
 from .metrics import METRICS, bbox_score, deletion_auc, ebpg, insertion_auc, miou, pointing_game
 from .metrics.faithfulness import confidence_pair, drop, increase, soft_confidence_pair
@@ -62,6 +64,15 @@ def model_fingerprint(model: nn.Module) -> str:
     "Eight hexadecimal digits that depend on every weight, and on mean and standard deviation"
     return _digest([tensor for _, tensor in (*model.named_parameters(), *model.named_buffers())])
 
+def _structure(model):
+    "Eight hexadecimal digits that depend on the modules, their options and the code of their forward passes"
+    model = plain_module(model)
+    lines = [re.sub(r" at 0x\w+", "", str(model))]
+    for forward in dict.fromkeys(getattr(m.forward, "__func__", m.forward) for m in model.modules()):
+        with suppress(OSError, TypeError):  # code without a file
+            lines.append(inspect.getsource(forward))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
 # %% ../nbs/50_evaluate.ipynb #d20dbcae
 def seeded_order(count: int,  # images in the set
                  n: int | None = None,  # how many of them; default: all
@@ -77,7 +88,7 @@ def seeded_order(count: int,  # images in the set
 @dataclass
 class Units:
     "A batch of things to explain: images (U, C, H, W), target classes (U,), masks, and a row of facts for each"
-    images: Tensor       # float32 (U, C, H, W) in [0, 1]
+    images: Tensor       # float (U, C, H, W) in [0, 1]
     target: Tensor       # int64 (U,)
     masks: list          # U masks, bool (1, H, W), or None where the place is not known
     facts: list[dict]    # U rows: position, name, label, area
@@ -87,6 +98,7 @@ def load_units(data: ImageSet,
                positions: range,      # which entries of the order
                size: int | None,      # side of the images in pixels; None leaves them as they are
                device="cpu",
+               dtype=torch.float32,   # of the images: that of the model
                ) -> Units:
     "The units of some images"
     images, target, masks, facts = [], [], [], []
@@ -107,7 +119,7 @@ def load_units(data: ImageSet,
     if len(sizes) > 1:
         raise ValueError(f"the images have different sizes, such as {sizes[0]} and {sizes[-1]} pixels: give size=..., the side that "
                          "the model takes")
-    return Units(torch.stack(images).to(device), torch.tensor(target, device=device), masks, facts)
+    return Units(torch.stack(images).to(device, dtype), torch.tensor(target, device=device), masks, facts)
 
 # %% ../nbs/50_evaluate.ipynb #b0f3671a
 def _pointing(maps, masks):
@@ -194,7 +206,8 @@ def _config(explainer, model_key, data, metrics, settings):
 
 def _work(explainers, data, metrics, n=None, seed=0, size=None, batch=8, device="cpu", score="softmax", **options):
     "The order of the images, the batches, and for each explainer everything that determines its rows"
-    order, key = seeded_order(len(data), n, seed), model_fingerprint(_only_model(explainers, metrics))
+    order, model = seeded_order(len(data), n, seed), _only_model(explainers, metrics)
+    key = f"{model_fingerprint(model)} {_structure(model)}"
     batches = [range(start, min(start + batch, len(order))) for start in range(0, len(order), batch)]
     settings = {"seed": seed, "size": size, "batch": batch, "device": torch.device(device).type, "score": score, **options}
     return order, batches, {label: _config(e, key, data, metrics, settings) for label, e in explainers.items()}
@@ -206,7 +219,8 @@ def _is_left(ledger, positions, budget):
 def _frame(label, ledger, batches):
     "The rows of one explainer, in the order of the images"
     rows = [row for batch in map(_name, batches) if batch in ledger.done for row in ledger.done[batch]["rows"]]
-    return pd.DataFrame(rows).assign(explainer=label)
+    frame = pd.DataFrame(rows).assign(explainer=label)
+    return frame.astype({name: float for name in ("area", *METRICS) if name in frame})  # also where all are None
 
 # %% ../nbs/50_evaluate.ipynb #06a9255a
 def evaluate(explainers: dict,      # explainer by the name that it has in the table; all of one model
@@ -224,7 +238,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
              **options,             # further options of the metrics that ask the model: dtype, chunk
              ) -> pd.DataFrame:     # a row per explainer, image and class; a column per metric
     "Explain the images with every explainer, and score the maps"
-    _only_model(explainers, metrics)
+    dtype = next(_only_model(explainers, metrics).parameters(), torch.empty(0)).dtype
     check_counts(batch=batch)
     if budget is not None and budget <= 0:
         raise ValueError(f"budget must be above 0 seconds, got {budget}")
@@ -241,7 +255,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
         for positions in progress(batches[rank::world], "evaluating", unit="batch"):
             todo = [label for label, ledger in ledgers.items() if _is_left(ledger, positions, budget)]
             if todo:
-                units = load_units(data, order, positions, size, device)
+                units = load_units(data, order, positions, size, device, dtype)
                 _one_batch({label: explainers[label] for label in todo}, ledgers, _name(positions), units, metrics, score, options)
         if world > 1:
             torch.distributed.barrier()
@@ -311,7 +325,7 @@ def differences(frame: pd.DataFrame,  # from `evaluate`
                 metric: str,          # a name in `METRICS`
                 ) -> dict:            # by rival: (N,) ours minus theirs, on the images that both have
     "Differences per image, as tables show the metric: in percentage points where it is a percentage"
-    wide = frame.pivot_table(index="position", columns="explainer", values=metric, sort=False) * METRICS[metric].scale
+    wide = frame.pivot_table(index="position", columns="explainer", values=metric, sort=False, dropna=False) * METRICS[metric].scale
     return {rival: (wide[ours] - wide[rival]).dropna() for rival in rivals}
 
 # %% ../nbs/50_evaluate.ipynb #ebb84ae6

@@ -6,6 +6,7 @@
 __all__ = ['Ledger', 'writing']
 
 # %% ../nbs/49_ledger.ipynb #33e72029
+import glob
 import hashlib
 import json
 import os
@@ -36,7 +37,7 @@ class Ledger:
 
     def read(self):
         "Take in what all processes have written, without a last line that is not whole"
-        for file in sorted(self.own.parent.glob(f"{self.own.name.split('.')[0]}.*.jsonl")):
+        for file in sorted(self.own.parent.glob(f"{glob.escape(self.own.name.rsplit('.', 2)[0])}.*.jsonl")):
             try:
                 self.done |= {entry["batch"]: entry for entry in map(json.loads, file.read_bytes().split(b"\n")[:-1])}
             except ValueError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from .core import PROFILES, settings
 from .records import NOT_AVAILABLE, canonical, mean_interval, record, t_quantile, validate
@@ -47,7 +48,6 @@ def _read(file):
 
 def _write(file, records):
     "Write `records` in one step: readers see the old file or the new one"
-    file.parent.mkdir(parents=True, exist_ok=True)
     text = "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False, allow_nan=False) for r in records) + "\n]\n"
     handle, draft = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
     try:
@@ -66,9 +66,11 @@ def _part(r, names):
 
 def _merge(file, records, same=()):
     "Put `records` into the file, in the place of those with the same keys"
-    kept = [r for r in _read(file) if not same or all(_part(r, same) != _part(new, same) for new in records)]
-    merged = {r["key"]: r for r in kept} | {r["key"]: r for r in records}
-    _write(file, list(merged.values()))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.parents[1] / ".lock"):  # another process may be saving into the same table
+        kept = [r for r in _read(file) if not same or all(_part(r, same) != _part(new, same) for new in records)]
+        merged = {r["key"]: r for r in kept} | {r["key"]: r for r in records}
+        _write(file, list(merged.values()))
 
 def save(paper: str,     # sise, ada_sise, integrated_gradcam, edda, excon or bench
          table: str,     # name of the table: a-z, 0-9 and _

@@ -205,7 +205,7 @@ def _written(args, config) -> str:
     words += [f"--set {k}={json.dumps(v)}" for k, v in config.options.items()]
     words += [f"--images {args.images}"] * (args.images is not None)
     words += ["--no-flip"] * args.no_flip + ["--test"] * args.test
-    words += [f"--weights {Path(args.weights).name}"] * bool(args.weights)
+    words += [f"--weights {Path(args.weights).name}"] if args.weights else []
     start = f"xai-companion train --recipe {config.recipe} --data {config.data} --model {config.model}"
     return " ".join([start, *words])
 

@@ -110,6 +110,9 @@ class Severstal(Reader):
         item, (label,) = super().read(index), self.targets[index]
         return _cut(item, label, self.runs.get(self.path(index).name, {}), self.classes)
 
+    def lines(self):
+        return *super().lines(), *self.runs.items()
+
     def official_count(self):
         return len(self.strips), 12_568
 

@@ -8,6 +8,7 @@ __all__ = ['VOC_CLASSES', 'COCO_PACKAGE', 'VOC2007', 'VOC2012', 'COCO2014']
 # %% ../../nbs/20b_data.scenes.ipynb #d9a0f6f1
 import contextlib
 import io
+import zlib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -74,11 +75,15 @@ class VOC2007(Reader):
             raise DataError(f"{self.folder / self.marks(self.split)[2]} names "
                             + (f"{missing}, which is missing" if missing else "no image"))
 
+    def segmentation(self, index):
+        "Where the segmentation of an image is, if it has one"
+        return self.folder / "SegmentationClass" / f"{Path(self.files[index]).stem}.png"
+
     def read(self, index):
         item = super().read(index)
         item.boxes = torch.tensor([box for _, box in self.objects[index]], dtype=torch.float32).reshape(-1, 4)
         item.box_labels = tuple(label for label, _ in self.objects[index])
-        file = self.folder / "SegmentationClass" / f"{Path(item.name).stem}.png"
+        file = self.segmentation(index)
         if self.masks and file.is_file():
             with reading(file), Image.open(file) as picture:
                 numbers = torch.from_numpy(np.array(picture))
@@ -89,7 +94,8 @@ class VOC2007(Reader):
         return item
 
     def lines(self):
-        return *super().lines(), *self.objects
+        files = [self.segmentation(index) for index in range(len(self) if self.masks else 0)]
+        return *super().lines(), *self.objects, *(f"{file.name} {zlib.crc32(file.read_bytes())}" for file in files if file.is_file())
 
 # %% ../../nbs/20b_data.scenes.ipynb #fd799d6e
 class VOC2012(VOC2007):
@@ -139,7 +145,7 @@ class COCO2014(Reader):
 
     def load(self):
         self.file = self.folder / self.marks(self.split)[1]
-        self.coco = _coco(self.file)
+        self.coco, self.checksum = _coco(self.file), zlib.crc32(self.file.read_bytes())
         numbers = sorted(self.coco.cats)
         self.classes = [self.coco.cats[number]["name"] for number in numbers]
         self.label_of = {number: label for label, number in enumerate(numbers)}
@@ -164,3 +170,6 @@ class COCO2014(Reader):
                 masks[item.labels.index(label), 0] |= torch.from_numpy(self.coco.annToMask(one)).bool()
         item.masks = masks if item.labels else None
         return item
+
+    def lines(self):
+        return *super().lines(), self.crowd, self.checksum
