@@ -328,6 +328,12 @@ def test_a_layer_that_gives_no_maps_is_an_error_before_the_first_step(name, laye
         prepare(config(name, options={"layers": layer}), toy(), None, net(), list("abcd"), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("name", ["edda", "excon"])
+def test_an_option_that_the_explainer_has_not(name):
+    with pytest.raises(ValueError, match="gradcam cannot be made with foo=1.* its options are layers, "):
+        prepare(config(name, options={"explainer": {"foo": 1}}), toy(), None, net(), list("abcd"), torch.device("cpu"))
+
+
 def test_an_unknown_recipe():
     with pytest.raises(ValueError, match="no recipe is called 'excom': did you mean 'excon' or 'exconb'"):
         get_recipe("excom")
