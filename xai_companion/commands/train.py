@@ -118,7 +118,7 @@ OPTIONS = {  # a field of the config and what it is; the command has an option o
     "smoothing": "label smoothing",
     "augmentation": "of the images",
     "pad": "margin of the random crops in pixels (default: an eighth of the size)",
-    "dtype": "bfloat16 is faster on GPUs and on some CPUs",
+    "dtype": "bfloat16 is faster on GPUs and on some CPUs; one without it computes in float32",
     "seed": "of the first weights, the order of the images and the augmentation",
 }
 CHOICES = {"recipe": sorted(RECIPES), "optimizer": OPTIMIZERS, "dtype": DTYPES, "augmentation": tuple(AUGMENTATIONS)}
