@@ -260,8 +260,9 @@ def test_a_command_has_the_folder_that_it_had(words, name):
     assert _config(parsed("train", *words)).name == name
 
 
-def test_the_command_is_written_down():
-    args = parsed("train", "--images", 40, "--no-flip", "--epochs", 2)
+@pytest.mark.parametrize("word", ["--images", "--n"])
+def test_the_command_is_written_down(word):
+    args = parsed("train", word, 40, "--no-flip", "--epochs", 2)
     assert _written(args, _config(args)).endswith("--model plain_cnn --epochs 2 --images 40 --no-flip")
 
 
@@ -317,8 +318,8 @@ def test_wrong_usage_and_version(capsys):
 
 
 @pytest.mark.parametrize("words, answer", [
-    ("train --n 64", "xai-companion train: error: unknown argument --n, did you mean --seen?"),
-    ("train --no 64", "unknown argument --no, did you mean --out or --no-flip or --seen?"), ("explain a --methods=sise", "did you mean --method or --model?"),
+    ("train --sen 64", "xai-companion train: error: unknown argument --sen, did you mean --seen or --set or --n?"),
+    ("train --no 64", "unknown argument --no, did you mean --n or --out or --no-flip?"), ("explain a --methods=sise", "did you mean --method or --model?"),
     ("data list --rot x", "xai-companion data list: error: unknown argument --rot, did you mean --root?"),
     ("bench now", "unknown argument now: xai-companion bench --help lists all")])
 def test_options_are_written_in_full(capsys, words, answer):

@@ -212,7 +212,7 @@ def test_maps_of_an_explainer_of_ones_own(model, data):
     (lambda m, d: current_maps(m, d.image, d.label, "saliency", layers="block2"), ValueError, "takes no layers"),
     (lambda m, d: current_maps(m, d.image, d.label, "saliency", signed=True), ValueError, "no ReLU to leave out"),
     (lambda m, d: current_maps(m, d.image, d.label, layers="layer2"), ValueError, "no layer 'layer2'"),
-    (lambda m, d: current_maps(m, d.image, d.label, smoothness=3), TypeError, "smoothness"),
+    (lambda m, d: current_maps(m, d.image, d.label, smoothness=3), ValueError, "gradcam cannot be made with smoothness=3.*its options are layers, relu"),
     (lambda m, d: current_maps(m, d.image, d.label[:4]), ValueError, "6 images, target of shape"),
     (lambda m, d: current_maps(m, d.image, d.label + 1.0), TypeError, "class indices"),
     (lambda m, d: current_maps(m, d.image, 20), ValueError, "out of range"),

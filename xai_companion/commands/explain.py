@@ -14,10 +14,11 @@ import torch
 
 # %% ../../nbs/67e_commands.explain.ipynb #84ca2680
 from .options import add_model, check_folder, check_numbers, check_takes
-from .options import model_from, names_in, parse_option, with_options
+from .options import model_from, names_in, parse_option
 from ..core import pick_device, progress
 from ..data.photos import image_paths, load_image
 from ..explain import EXPLAINERS, get_explainer
+from ..explain.base import with_options
 from ..gallery import gallery
 from ..models import find_class
 from ..scores import check_logits

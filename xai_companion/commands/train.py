@@ -118,7 +118,7 @@ OPTIONS = {  # a field of the config and what it is; the command has an option o
     "smoothing": "label smoothing",
     "augmentation": "of the images",
     "pad": "margin of the random crops in pixels (default: an eighth of the size)",
-    "dtype": "bfloat16 is faster on GPUs and on some CPUs",
+    "dtype": "bfloat16 is faster on GPUs and on some CPUs; one without it computes in float32",
     "seed": "of the first weights, the order of the images and the augmentation",
 }
 CHOICES = {"recipe": sorted(RECIPES), "optimizer": OPTIMIZERS, "dtype": DTYPES, "augmentation": tuple(AUGMENTATIONS)}
@@ -141,7 +141,7 @@ def add_train(commands):
     p.add_argument("--workers", type=int, metavar="N", help="read the training images batch by batch with N processes, for sets "
                    "larger than the memory (default: read all at once)")
     p.add_argument("--compile", action="store_true", help="compile the network with torch.compile; pays in long runs on a GPU")
-    p.add_argument("--images", type=int, metavar="N", help="take so many training images (default: all)")
+    p.add_argument("--images", "--n", type=int, metavar="N", help="take so many training images (default: all)")
     p.add_argument("--config", choices=sorted(PUBLISHED), metavar="NAME", help="a schedule of a paper, see train.published; "
                    "the other options change it")
     p.add_argument("--smoke", action="store_true", help="with --config: so short that it only shows that everything fits")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 # %% ../../nbs/40_train.occlusion.ipynb #19a3ae58
 from ..core import span
 from ..explain import get_explainer
-from ..explain.base import check_counts
+from ..explain.base import check_counts, with_options
 from ..hooks import find_layers, plain_module
 from ..masking import hidden, normalize_map
 from ..metrics.localization import check_maps, top_pixels
@@ -32,7 +32,7 @@ class CurrentMaps:
         kind = get_explainer(method)
         if signed and "relu" not in inspect.signature(kind).parameters:
             raise ValueError(f"{method!r} has no ReLU to leave out: use signed=True with Grad-CAM and its relatives")
-        self.explainer = kind(plain_module(model), **options, **({"relu": False} if signed else {}))
+        self.explainer = with_options(kind, plain_module(model), options | ({"relu": False} if signed else {}))
 
     def __call__(self,
                  images: Tensor,  # (N, C, H, W) in [0, 1]
