@@ -332,16 +332,16 @@ def test_a_layer_that_gives_no_maps_is_an_error_before_the_first_step(name, laye
 
 
 @pytest.mark.parametrize("name", ["edda", "excon"])
-<<<<<<< HEAD
 def test_a_mean_that_nobody_knows_is_an_error_before_the_first_step(name):
     "The network has no `Normalized`, and the recipe asks for the mean colour a quarter of the training later"
     with pytest.raises(ValueError, match="fill='mean' needs a model"):
         prepare(config(name, options={"fill": "mean", "start": 0.5}), toy(), None, net(), list("abcd"), torch.device("cpu"))
-=======
+
+
+@pytest.mark.parametrize("name", ["edda", "excon"])
 def test_an_option_that_the_explainer_has_not(name):
     with pytest.raises(ValueError, match="gradcam cannot be made with foo=1.* its options are layers, "):
         prepare(config(name, options={"explainer": {"foo": 1}}), toy(), None, net(), list("abcd"), torch.device("cpu"))
->>>>>>> wt-train
 
 
 def test_an_unknown_recipe():
