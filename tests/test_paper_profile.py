@@ -321,7 +321,7 @@ def test_gpu_profile_of_excon_and_then_the_explainers(gpu_page, monkeypatch, cap
     beds = list(found["beds"])
     assert beds[1:] == ["ResNet-18, Tiny ImageNet", *(f"{name}, 50 classes of Tiny ImageNet" for name in ("ResNet-18", "VGG-16"))]
     rows = json.loads(file.read_text())
-    assert {row["config"]["data"] for row in rows} == {"synthetic", "tiny_imagenet"} and all(np.isfinite(row["value"]) for row in rows)
+    assert {row["config"]["data"] for row in rows} == {"synthetic", "tiny_imagenet", "tiny_imagenet_50"} and all(np.isfinite(row["value"]) for row in rows)
     assert {row["config"]["row"] for row in rows if row["config"]["model"] == "resnet18" and row["seed"] == 2} == set(found["ROWS"])
 
     gpu_page.fitted.clear()
