@@ -7,7 +7,7 @@ from torch import nn
 
 from xai_companion.core import settings
 from xai_companion.data.photos import load_images
-from xai_companion.hooks import unwrapped, watch
+from xai_companion.hooks import plain_module, unwrapped, watch
 from xai_companion.models import SMALL, Normalized, conv_blocks, last_conv, load_model
 
 LAYERS = {
@@ -115,6 +115,14 @@ def test_normalized_survives_saving(tmp_path):
         model.no_such  # noqa: B018
     with pytest.raises(ValueError, match="3 channels"):
         model(images[:, :1])
+
+
+def test_normalisation_around_a_compiled_network_stays():
+    "Who trains with maps of the plain module would otherwise explain the network without its normalisation"
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model = Normalized(torch.compile(network, backend="eager"), (0.5,) * 3, (0.2,) * 3)
+    assert plain_module(model) is plain_module(nn.DataParallel(model)) is model
+    assert unwrapped(model) is unwrapped(nn.DataParallel(model)) is network
 
 
 @pytest.mark.slow

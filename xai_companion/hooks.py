@@ -24,7 +24,7 @@ def plain_module(model: nn.Module  # any model
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
+        elif "_orig_mod" in model._modules:  # not hasattr: `Normalized` also answers for the network inside it
             model = model._orig_mod
         else:
             return model
