@@ -62,10 +62,17 @@ def find_layers(model: nn.Module,  # any model; wrappers are transparent
 def evaluating(model: nn.Module):
     "Evaluation mode inside the block; each module's own mode again after it"
     modes = [(module, module.training) for module in model.modules()]
+    told = [(module, mode) for module, mode in modes if type(module).train is not nn.Module.train]
+    own = [t for module, _ in told for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    kept = [t.detach().clone() for t in own]
     try:
         model.eval()
         yield model
     finally:
+        for module, mode in told:
+            module.train(mode)
+        for tensor, value in zip(own, kept, strict=True):
+            tensor.data.copy_(value)
         for module, mode in modes:
             module.training = mode
 
