@@ -134,7 +134,8 @@ def entering(model: nn.Module,  # any model; wrappers are transparent
              ) -> Iterator[list[Tensor]]:
     "Collect what enters `layer`, a tensor per forward pass inside the block, as parts of the graph"
     [module], seen = find_layers(model, layer).values(), []
-    handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True)
     try:
         yield seen
     finally:
@@ -158,15 +159,15 @@ class _Functions(TorchFunctionMode):
         self.calls, self.tick = calls, tick
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        start = self.tick()
-        output = func(*args, **(kwargs or {}))
+        start, kwargs = self.tick(), kwargs or {}
+        output = func(*args, **kwargs)
         if isinstance(output, Tensor):
-            self.calls.append(Call(None, getattr(func, "__name__", ""), _tensors(args), output, start, self.tick()))
+            self.calls.append(Call(None, getattr(func, "__name__", ""), _tensors(args, kwargs), output, start, self.tick()))
         return output
 
-def _tensors(args):
-    "The tensors among `args`, also inside lists and tuples"
-    nested = [a if isinstance(a, (list, tuple)) else [a] for a in args]
+def _tensors(args, kwargs):
+    "The tensors among the arguments of a call, also inside lists and tuples"
+    nested = [a if isinstance(a, (list, tuple)) else [a] for a in (*args, *kwargs.values())]
     return tuple(t for group in nested for t in group if isinstance(t, Tensor))
 
 # %% ../nbs/05_hooks.ipynb #34ffad00
@@ -178,11 +179,11 @@ def watch(model: nn.Module  # any model; wrappers are transparent
     tick = lambda: next(clock)  # noqa: E731
     try:
         for name, module in unwrapped(model).named_modules():
-            def before(module, inputs):
+            def before(module, args):
                 begun.append(tick())
-            def after(module, inputs, output, name=name):
-                calls.append(Call(name, type(module).__name__, _tensors(inputs), output, begun.pop(), tick()))
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+            def after(module, args, kwargs, output, name=name):
+                calls.append(Call(name, type(module).__name__, _tensors(args, kwargs), output, begun.pop(), tick()))
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after, with_kwargs=True)]
         with torch.no_grad(), eagerly(model), _Functions(calls, tick):
             yield calls
     finally:

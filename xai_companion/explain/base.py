@@ -152,7 +152,9 @@ def activations_and_gradients(model: nn.Module,
         if act.dim() != 4:
             raise ValueError(f"layer {name!r} gives {tuple(act.shape)}, not maps (N, K, h, w): choose a convolutional layer")
         if grad is None:
-            raise ValueError(f"the class score does not depend on layer {name!r} in a differentiable way: choose another layer")
+            raise ValueError(f"the class score does not depend on layer {name!r} in a differentiable way: the model's forward "
+                             "does not use its output, or runs it under torch.no_grad or behind a detach. Take that out, "
+                             "or choose another layer")
     return {k: _exact(a) for k, a in acts.items()}, {k: _exact(g) for k, g in zip(acts, grads, strict=True)}, logits.detach()
 
 def _exact(x):
