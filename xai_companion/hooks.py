@@ -79,10 +79,17 @@ def evaluating(model: nn.Module):
 # %% ../nbs/05_hooks.ipynb #deb91ae6
 @contextmanager
 def eagerly(model: nn.Module):
-    "Run `model` without `torch.compile` inside the block, if it is compiled"
+    "Run `model` without `torch.compile` and on one device inside the block"
     compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        yield
+    parallel = {m: m.device_ids for m in model.modules() if isinstance(m, nn.DataParallel)}
+    try:
+        for wrapper, devices in parallel.items():
+            wrapper.device_ids = devices[:1]
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        for wrapper, devices in parallel.items():
+            wrapper.device_ids = devices
 
 # %% ../nbs/05_hooks.ipynb #81f3d353
 def _keep(acts, name, output, grad):
