@@ -130,13 +130,16 @@ def _read_weights(file):
         meta = stored.get("meta", {})
         for key in ("state_dict", "model"):
             stored = stored.get(key, stored)
-        return {k.removeprefix("module.").removeprefix("network."): v for k, v in stored.items()}, dict(meta)
+        return {str(k): v for k, v in stored.items()}, dict(meta)
     except Exception as error:  # the reader fails in many ways on a damaged file
         raise ValueError(f"{file} is damaged or holds no state dict ({type(error).__name__}): write it with "
                          "torch.save(model.state_dict(), file)") from error
 
 def _fill(network, stored, source):
     "Load `stored` into `network`; a mismatch names what does not fit"
+    for wrapper in ("module.", "network."):  # of DataParallel and of `Normalized`, unless the network has such names itself
+        if not stored.keys() & network.state_dict().keys():
+            stored = {name.removeprefix(wrapper): value for name, value in stored.items()}
     try:
         network.load_state_dict(stored)
     except RuntimeError as error:
@@ -216,13 +219,13 @@ def find_class(query: str | int,  # an index, or the name of a class in any case
                classes: list | None,  # the K names, or None if they are not known
                ) -> int:
     "The index of a class given by its name or index"
+    lower = [name.lower() for name in classes or ()]
+    if isinstance(query, str) and query.lower() in lower:
+        return lower.index(query.lower())
     if str(query).lstrip("-").isdigit():
         return int(query)
     if not classes:
         raise ValueError(f"the classes of this model have no names: give the index of {query!r} instead")
-    lower = [name.lower() for name in classes]
-    if query.lower() in lower:
-        return lower.index(query.lower())
     close = [name for name in lower if query.lower() in name][:3] or difflib.get_close_matches(query.lower(), lower, 3)
     hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "; give its index"
     raise ValueError(f"no class is called {query!r}{hint}")
