@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'BEST', 'Normalized', 'model_names', 'imagenet_classes', 'load_model', 'top_classes', 'find_class',
-           'conv_blocks', 'last_conv']
+           'conv_blocks', 'last_conv', 'check_layout']
 
 # %% ../nbs/06_models.ipynb #24465a2b
 import difflib
@@ -18,7 +18,7 @@ import xai_companion
 
 # %% ../nbs/06_models.ipynb #3cb2fc17
 from .core import pick_device
-from .hooks import Call, evaluating, unwrapped, watch
+from .hooks import Call, evaluating, find_layers, unwrapped, watch
 from .networks import NETWORKS, SMALL, TRAINED, small_network
 
 # %% ../nbs/06_models.ipynb #4328cc97
@@ -248,7 +248,7 @@ def _step(a, b) -> bool:
 class _Origins:
     "Where the tensors of one forward pass come from"
     def __init__(self, calls: list[Call]):
-        self.conv, self.pooled, self.names, self.before = set(), set(), {}, {}
+        self.conv, self.pooled, self.last, self.names, self.before = set(), set(), set(), {}, {}
         runs = [call.name for call in calls]
         for call in calls:
             if not isinstance(call.output, Tensor):
@@ -269,8 +269,18 @@ class _Origins:
             self.pooled.add(out)
         if "conv" in call.kind or inside:
             self.conv.add(out)
-        if maps and maps[0] is not call.output and "conv" not in call.kind:
+        if self._channels_last(call):
+            self.last.add(out)
+        if maps and maps[0] is not call.output and "conv" not in call.kind and (out in self.last) == (id(maps[0]) in self.last):
             self.before.setdefault(out, id(maps[0]))
+
+    def _channels_last(self, call) -> bool:
+        last = [t for t in call.inputs if id(t) in self.last]
+        if call.kind == "linear" or (call.kind in ("layer_norm", "rms_norm") and [t.dim() for t in call.inputs[1:2]] == [1]):
+            return True
+        if call.kind in ("permute", "transpose", "swapaxes", "movedim", "moveaxis") and call.inputs[0].dim() > 2:
+            return call.output.stride(-1) == call.inputs[0].stride(-1 if last else 1)
+        return any(t.shape[-1:] == call.output.shape[-1:] for t in last)
 
     def is_feature(self, tensor) -> bool:
         "Is it a map that comes from a convolution and not straight from a pooling layer"
@@ -293,7 +303,7 @@ def _entering(calls, origins) -> list[str]:
         source = call.inputs[0]
         if call.name and _same_size(source, call.output):
             done = call.stop
-        elif _step(source, call.output) and origins.is_feature(source):
+        elif _step(source, call.output) and origins.is_feature(source) and id(source) not in origins.last:
             found.append(origins.name(source))
             done = call.stop
     return found
@@ -308,6 +318,11 @@ def _last_map(calls, origins) -> Call | None:
         if call.name and origins.is_feature(call.output) and min(_sides(call.output)) > 1:
             return call
     return None
+
+def _channels_last_error(call):
+    return ValueError(f"layer {call.name!r} gives {tuple(call.output.shape)} with the channels last: CAM methods and SISE need maps "
+                      "(N, K, h, w). Put torchvision.ops.Permute([0, 3, 1, 2]) and Permute([0, 2, 3, 1]) behind it and "
+                      "name the first of them as the layer, or name another layer")
 
 def _probe(model, input_size):
     "A black image of the size and channels that `model` takes"
@@ -326,6 +341,8 @@ def conv_blocks(model: nn.Module,  # a CNN; wrappers are transparent
         model(_probe(model, input_size))
     origins = _Origins(calls)
     last = _last_map(calls, origins)
+    if last and id(last.output) in origins.last:
+        raise _channels_last_error(last)
     if last is None:
         raise ValueError(f"{type(unwrapped(model)).__name__} ends without spatial feature maps (a transformer, a dense "
                          "network, or images too small for it): CAM methods and SISE need a CNN. "
@@ -338,3 +355,17 @@ def last_conv(model: nn.Module,  # a CNN; wrappers are transparent
               ) -> str:
     "The layer that CAM methods explain by default: the last feature map"
     return conv_blocks(model, input_size)[-1]
+
+# %% ../nbs/06_models.ipynb #e1b5a87c
+def check_layout(model: nn.Module,  # wrappers are transparent
+                 layers: str | nn.Module | list,  # a name, a module, or a list of them
+                 input_size: int | tuple = 224,  # side of the images in pixels, or (channels, height, width)
+                 ):
+    "Raise if one of the layers gives maps with the channels last, (N, h, w, K)"
+    names = find_layers(model, layers)
+    with evaluating(model), watch(model) as calls:
+        model(_probe(model, input_size))
+    origins = _Origins(calls)
+    for call in calls:
+        if call.name in names and _sides(call.output) and id(call.output) in origins.last:
+            raise _channels_last_error(call)
