@@ -90,7 +90,7 @@ class IntegratedGradients(CaptumExplainer, name="integrated_gradients"):
 
 # %% ../../nbs/19_explain.adapters.ipynb #83a0f9f1
 class SmoothGrad(CaptumExplainer, name="smoothgrad"):
-    "Gradient averaged over noisy copies (Smilkov et al., 2017), through captum"
+    "Gradient averaged over noisy copies (Smilkov et al., 2017), each through captum"
     reduce, one_by_one = staticmethod(max_channels), True
 
     def __init__(self,
@@ -105,11 +105,14 @@ class SmoothGrad(CaptumExplainer, name="smoothgrad"):
         self.samples, self.noise, self.chunk = samples, noise, chunk
 
     def call(self, images, target, baseline):
-        from captum.attr import NoiseTunnel
-        spread = self.noise * (images.max() - images.min()).item()
-        return NoiseTunnel(self.captum("Saliency")).attribute(
-            images, nt_type="smoothgrad", nt_samples=self.samples, nt_samples_batch_size=self.chunk, stdevs=spread,
-            target=target, abs=False)
+        saliency, images, total = self.captum("Saliency"), images.detach(), 0
+        spread = self.noise * (images.max() - images.min())
+        for start in range(0, self.samples, self.chunk):
+            count = min(self.chunk, self.samples - start)
+            noise = torch.cat([torch.randn(images.shape, device=images.device) for _ in range(count)])
+            noisy = images + spread * noise.to(images.dtype)
+            total = total + saliency.attribute(noisy.requires_grad_(), target=target, abs=False).float().sum(0, keepdim=True)
+        return total / self.samples
 
 # %% ../../nbs/19_explain.adapters.ipynb #cd155c24
 class Occlusion(CaptumExplainer, name="occlusion"):
