@@ -782,6 +782,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'xai_companion/explain/adapters.py'),
                                                 'xai_companion.explain.adapters.SmoothGrad.call': ( 'explain.adapters.html#smoothgrad.call',
                                                                                                     'xai_companion/explain/adapters.py'),
+                                                'xai_companion.explain.adapters._cannot': ( 'explain.adapters.html#_cannot',
+                                                                                            'xai_companion/explain/adapters.py'),
                                                 'xai_companion.explain.adapters._no_new_attributes': ( 'explain.adapters.html#_no_new_attributes',
                                                                                                        'xai_companion/explain/adapters.py'),
                                                 'xai_companion.explain.adapters.as_quantus': ( 'explain.adapters.html#as_quantus',
