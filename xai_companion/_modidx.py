@@ -963,6 +963,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'xai_companion/explain/fullgrad.py'),
                                                 'xai_companion.explain.fullgrad._term': ( 'explain.fullgrad.html#_term',
                                                                                           'xai_companion/explain/fullgrad.py'),
+                                                'xai_companion.explain.fullgrad.all_of_it': ( 'explain.fullgrad.html#all_of_it',
+                                                                                              'xai_companion/explain/fullgrad.py'),
                                                 'xai_companion.explain.fullgrad.bend_bias': ( 'explain.fullgrad.html#bend_bias',
                                                                                               'xai_companion/explain/fullgrad.py'),
                                                 'xai_companion.explain.fullgrad.bias_layers': ( 'explain.fullgrad.html#bias_layers',

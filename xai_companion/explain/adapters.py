@@ -92,6 +92,7 @@ class IntegratedGradients(CaptumExplainer, name="integrated_gradients"):
 # %% ../../nbs/19_explain.adapters.ipynb #83a0f9f1
 class SmoothGrad(CaptumExplainer, name="smoothgrad"):
     "Gradient averaged over noisy copies (Smilkov et al., 2017), each through captum"
+    version = 2  # 1 drew other noise for images of odd sizes
     reduce, one_by_one = staticmethod(max_channels), True
 
     def __init__(self,
