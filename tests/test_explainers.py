@@ -1,12 +1,14 @@
 """The contract on every registered explainer, whatever registers it."""
 import pytest
+import timm
 import torch
 from skimage.filters import threshold_otsu
+from torchvision.ops import Permute
 
 from xai_companion.data.photos import photos
 from xai_companion.explain import EXPLAINERS, explain
 from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
-from xai_companion.masking import normalize_map
+from xai_companion.masking import normalize_map, upsample
 from xai_companion.models import load_model
 from xai_companion.results import correlation
 
@@ -127,6 +129,24 @@ def test_compiled_models(name, in_place):
     else:
         network = torch.compile(network, backend="eager")
     torch.testing.assert_close(explain(network, images, name, 1, **options), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last():
+    "Swin's maps are (N, h, w, K): refused, by default and by name; right once a module puts the channels first"
+    torch.manual_seed(0)
+    swin = timm.models.SwinTransformer(img_size=32, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=6).eval()
+    images = trap_images(2, size=(32, 32))
+    for name, options in (("gradcam", {}), ("sise", {}), ("scorecam", {"layers": "layers.0"}), ("gradcam", {"layers": swin.norm})):
+        with pytest.raises(ValueError, match=r"channels last.*torchvision.ops.Permute"):
+            explain(swin, images, name, 1, **options)
+    swin.norm = torch.nn.Sequential(swin.norm, Permute([0, 3, 1, 2]), Permute([0, 2, 3, 1]))
+    with torch.no_grad():
+        features = swin.forward_features(images)
+    features.requires_grad_()
+    grads, = torch.autograd.grad(swin.forward_head(features)[:, 1].sum(), features)
+    by_hand = (grads.mean((1, 2), keepdim=True) * features).sum(3)[:, None].detach()
+    assert by_hand.std() > 0
+    torch.testing.assert_close(explain(swin, images, "gradcam", 1, layers="norm.1", relu=False), upsample(by_hand, (32, 32)))
 
 
 def test_options_must_make_sense():

@@ -1,5 +1,6 @@
 """Weights from files and caches, the layer rule on every network by name, and the embedded classifier on real photographs."""
 import csv
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -7,8 +8,8 @@ from torch import nn
 
 from xai_companion.core import settings
 from xai_companion.data.photos import load_images
-from xai_companion.hooks import unwrapped, watch
-from xai_companion.models import SMALL, Normalized, conv_blocks, last_conv, load_model
+from xai_companion.hooks import plain_module, unwrapped, watch
+from xai_companion.models import SMALL, Normalized, _fill, _read_weights, conv_blocks, last_conv, load_model
 
 LAYERS = {
     "resnet18": ["relu", "layer1", "layer2", "layer3", "layer4"],
@@ -84,6 +85,16 @@ def test_checkpoint(tmp_path, wrap):
     assert loaded.classes == list("abcd")
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "network.", "module.network."])
+@pytest.mark.parametrize("own", ["network", "module", "body"])
+def test_checkpoint_of_a_network_with_such_names_itself(tmp_path, own, prefix):
+    "Only the prefixes of wrappers are taken off, not those that belong to the network"
+    network, other = (nn.Sequential(OrderedDict({own: nn.Linear(2, 2)})) for _ in range(2))
+    torch.save({prefix + k: v for k, v in network.state_dict().items()}, tmp_path / "net.pt")
+    _fill(other, _read_weights(tmp_path / "net.pt")[0], "net.pt")
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in other.state_dict().items())
+
+
 def test_checkpoints_that_do_not_fit(tmp_path):
     torch.save(load_model("resnet18", weights=None, num_classes=4).network.state_dict(), tmp_path / "net.pt")
     with pytest.raises(ValueError, match="does not fit.*fc.weight.*num_classes"):
@@ -115,6 +126,14 @@ def test_normalized_survives_saving(tmp_path):
         model.no_such  # noqa: B018
     with pytest.raises(ValueError, match="3 channels"):
         model(images[:, :1])
+
+
+def test_normalisation_around_a_compiled_network_stays():
+    "Who trains with maps of the plain module would otherwise explain the network without its normalisation"
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model = Normalized(torch.compile(network, backend="eager"), (0.5,) * 3, (0.2,) * 3)
+    assert plain_module(model) is plain_module(nn.DataParallel(model)) is model
+    assert unwrapped(model) is unwrapped(nn.DataParallel(model)) is network
 
 
 @pytest.mark.slow

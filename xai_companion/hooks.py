@@ -24,7 +24,7 @@ def plain_module(model: nn.Module  # any model
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
+        elif "_orig_mod" in model._modules:  # not hasattr: `Normalized` also answers for the network inside it
             model = model._orig_mod
         else:
             return model
@@ -62,20 +62,34 @@ def find_layers(model: nn.Module,  # any model; wrappers are transparent
 def evaluating(model: nn.Module):
     "Evaluation mode inside the block; each module's own mode again after it"
     modes = [(module, module.training) for module in model.modules()]
+    told = [(module, mode) for module, mode in modes if type(module).train is not nn.Module.train]
+    own = [t for module, _ in told for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    kept = [t.detach().clone() for t in own]
     try:
         model.eval()
         yield model
     finally:
+        for module, mode in told:
+            module.train(mode)
+        for tensor, value in zip(own, kept, strict=True):
+            tensor.data.copy_(value)
         for module, mode in modes:
             module.training = mode
 
 # %% ../nbs/05_hooks.ipynb #deb91ae6
 @contextmanager
 def eagerly(model: nn.Module):
-    "Run `model` without `torch.compile` inside the block, if it is compiled"
+    "Run `model` without `torch.compile` and on one device inside the block"
     compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        yield
+    parallel = {m: m.device_ids for m in model.modules() if isinstance(m, nn.DataParallel)}
+    try:
+        for wrapper, devices in parallel.items():
+            wrapper.device_ids = devices[:1]
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        for wrapper, devices in parallel.items():
+            wrapper.device_ids = devices
 
 # %% ../nbs/05_hooks.ipynb #81f3d353
 def _keep(acts, name, output, grad):
@@ -127,7 +141,8 @@ def entering(model: nn.Module,  # any model; wrappers are transparent
              ) -> Iterator[list[Tensor]]:
     "Collect what enters `layer`, a tensor per forward pass inside the block, as parts of the graph"
     [module], seen = find_layers(model, layer).values(), []
-    handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    handle = module.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True)
     try:
         yield seen
     finally:
@@ -151,15 +166,15 @@ class _Functions(TorchFunctionMode):
         self.calls, self.tick = calls, tick
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        start = self.tick()
-        output = func(*args, **(kwargs or {}))
+        start, kwargs = self.tick(), kwargs or {}
+        output = func(*args, **kwargs)
         if isinstance(output, Tensor):
-            self.calls.append(Call(None, getattr(func, "__name__", ""), _tensors(args), output, start, self.tick()))
+            self.calls.append(Call(None, getattr(func, "__name__", ""), _tensors(args, kwargs), output, start, self.tick()))
         return output
 
-def _tensors(args):
-    "The tensors among `args`, also inside lists and tuples"
-    nested = [a if isinstance(a, (list, tuple)) else [a] for a in args]
+def _tensors(args, kwargs):
+    "The tensors among the arguments of a call, also inside lists and tuples"
+    nested = [a if isinstance(a, (list, tuple)) else [a] for a in (*args, *kwargs.values())]
     return tuple(t for group in nested for t in group if isinstance(t, Tensor))
 
 # %% ../nbs/05_hooks.ipynb #34ffad00
@@ -171,11 +186,11 @@ def watch(model: nn.Module  # any model; wrappers are transparent
     tick = lambda: next(clock)  # noqa: E731
     try:
         for name, module in unwrapped(model).named_modules():
-            def before(module, inputs):
+            def before(module, args):
                 begun.append(tick())
-            def after(module, inputs, output, name=name):
-                calls.append(Call(name, type(module).__name__, _tensors(inputs), output, begun.pop(), tick()))
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+            def after(module, args, kwargs, output, name=name):
+                calls.append(Call(name, type(module).__name__, _tensors(args, kwargs), output, begun.pop(), tick()))
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after, with_kwargs=True)]
         with torch.no_grad(), eagerly(model), _Functions(calls, tick):
             yield calls
     finally:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'BEST', 'Normalized', 'model_names', 'imagenet_classes', 'load_model', 'top_classes', 'find_class',
-           'conv_blocks', 'last_conv']
+           'conv_blocks', 'last_conv', 'check_layout']
 
 # %% ../nbs/06_models.ipynb #24465a2b
 import difflib
@@ -18,7 +18,7 @@ import xai_companion
 
 # %% ../nbs/06_models.ipynb #3cb2fc17
 from .core import pick_device
-from .hooks import Call, evaluating, unwrapped, watch
+from .hooks import Call, evaluating, find_layers, unwrapped, watch
 from .networks import NETWORKS, SMALL, TRAINED, small_network
 
 # %% ../nbs/06_models.ipynb #4328cc97
@@ -130,13 +130,16 @@ def _read_weights(file):
         meta = stored.get("meta", {})
         for key in ("state_dict", "model"):
             stored = stored.get(key, stored)
-        return {k.removeprefix("module.").removeprefix("network."): v for k, v in stored.items()}, dict(meta)
+        return {str(k): v for k, v in stored.items()}, dict(meta)
     except Exception as error:  # the reader fails in many ways on a damaged file
         raise ValueError(f"{file} is damaged or holds no state dict ({type(error).__name__}): write it with "
                          "torch.save(model.state_dict(), file)") from error
 
 def _fill(network, stored, source):
     "Load `stored` into `network`; a mismatch names what does not fit"
+    for wrapper in ("module.", "network."):  # of DataParallel and of `Normalized`, unless the network has such names itself
+        if not stored.keys() & network.state_dict().keys():
+            stored = {name.removeprefix(wrapper): value for name, value in stored.items()}
     try:
         network.load_state_dict(stored)
     except RuntimeError as error:
@@ -218,13 +221,13 @@ def find_class(query: str | int,  # an index, or the name of a class in any case
                classes: list | None,  # the K names, or None if they are not known
                ) -> int:
     "The index of a class given by its name or index"
+    lower = [name.lower() for name in classes or ()]
+    if isinstance(query, str) and query.lower() in lower:
+        return lower.index(query.lower())
     if str(query).lstrip("-").isdigit():
         return int(query)
     if not classes:
         raise ValueError(f"the classes of this model have no names: give the index of {query!r} instead")
-    lower = [name.lower() for name in classes]
-    if query.lower() in lower:
-        return lower.index(query.lower())
     close = [name for name in lower if query.lower() in name][:3] or difflib.get_close_matches(query.lower(), lower, 3)
     hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "; give its index"
     raise ValueError(f"no class is called {query!r}{hint}")
@@ -247,7 +250,7 @@ def _step(a, b) -> bool:
 class _Origins:
     "Where the tensors of one forward pass come from"
     def __init__(self, calls: list[Call]):
-        self.conv, self.pooled, self.names, self.before = set(), set(), {}, {}
+        self.conv, self.pooled, self.last, self.names, self.before = set(), set(), set(), {}, {}
         runs = [call.name for call in calls]
         for call in calls:
             if not isinstance(call.output, Tensor):
@@ -268,8 +271,18 @@ class _Origins:
             self.pooled.add(out)
         if "conv" in call.kind or inside:
             self.conv.add(out)
-        if maps and maps[0] is not call.output and "conv" not in call.kind:
+        if self._channels_last(call):
+            self.last.add(out)
+        if maps and maps[0] is not call.output and "conv" not in call.kind and (out in self.last) == (id(maps[0]) in self.last):
             self.before.setdefault(out, id(maps[0]))
+
+    def _channels_last(self, call) -> bool:
+        last = [t for t in call.inputs if id(t) in self.last]
+        if call.kind == "linear" or (call.kind in ("layer_norm", "rms_norm") and [t.dim() for t in call.inputs[1:2]] == [1]):
+            return True
+        if call.kind in ("permute", "transpose", "swapaxes", "movedim", "moveaxis") and call.inputs[0].dim() > 2:
+            return call.output.stride(-1) == call.inputs[0].stride(-1 if last else 1)
+        return any(t.shape[-1:] == call.output.shape[-1:] for t in last)
 
     def is_feature(self, tensor) -> bool:
         "Is it a map that comes from a convolution and not straight from a pooling layer"
@@ -292,7 +305,7 @@ def _entering(calls, origins) -> list[str]:
         source = call.inputs[0]
         if call.name and _same_size(source, call.output):
             done = call.stop
-        elif _step(source, call.output) and origins.is_feature(source):
+        elif _step(source, call.output) and origins.is_feature(source) and id(source) not in origins.last:
             found.append(origins.name(source))
             done = call.stop
     return found
@@ -307,6 +320,11 @@ def _last_map(calls, origins) -> Call | None:
         if call.name and origins.is_feature(call.output) and min(_sides(call.output)) > 1:
             return call
     return None
+
+def _channels_last_error(call):
+    return ValueError(f"layer {call.name!r} gives {tuple(call.output.shape)} with the channels last: CAM methods and SISE need maps "
+                      "(N, K, h, w). Put torchvision.ops.Permute([0, 3, 1, 2]) and Permute([0, 2, 3, 1]) behind it and "
+                      "name the first of them as the layer, or name another layer")
 
 def _probe(model, input_size):
     "A black image of the size and channels that `model` takes"
@@ -325,6 +343,8 @@ def conv_blocks(model: nn.Module,  # a CNN; wrappers are transparent
         model(_probe(model, input_size))
     origins = _Origins(calls)
     last = _last_map(calls, origins)
+    if last and id(last.output) in origins.last:
+        raise _channels_last_error(last)
     if last is None:
         raise ValueError(f"{type(unwrapped(model)).__name__} ends without spatial feature maps (a transformer, a dense "
                          "network, or images too small for it): CAM methods and SISE need a CNN. "
@@ -337,3 +357,17 @@ def last_conv(model: nn.Module,  # a CNN; wrappers are transparent
               ) -> str:
     "The layer that CAM methods explain by default: the last feature map"
     return conv_blocks(model, input_size)[-1]
+
+# %% ../nbs/06_models.ipynb #e1b5a87c
+def check_layout(model: nn.Module,  # wrappers are transparent
+                 layers: str | nn.Module | list,  # a name, a module, or a list of them
+                 input_size: int | tuple = 224,  # side of the images in pixels, or (channels, height, width)
+                 ):
+    "Raise if one of the layers gives maps with the channels last, (N, h, w, K)"
+    names = find_layers(model, layers)
+    with evaluating(model), watch(model) as calls:
+        model(_probe(model, input_size))
+    origins = _Origins(calls)
+    for call in calls:
+        if call.name in names and _sides(call.output) and id(call.output) in origins.last:
+            raise _channels_last_error(call)

@@ -141,11 +141,17 @@ def check_takes(model: nn.Module,       # in evaluation mode
                 size: tuple[int, int],  # height and width of the images in pixels
                 ):
     "Raise if the model does not run on images of this size, or returns no logits"
-    device = next(model.parameters(), torch.zeros(())).device
+    weight = next(model.parameters(), torch.zeros(()))
+    if weight.dtype != torch.float32:
+        raise TypeError(f"the model computes in {weight.dtype}, and the commands read images as float32: give it back with .float()")
     try:
         with torch.inference_mode(), evaluating(model):
-            logits = model(torch.zeros(1, 3, *size, device=device))
+            logits = model(torch.zeros(1, 3, *size, device=weight.device))
     except (RuntimeError, AssertionError, ValueError) as error:
+        wants = re.search(r"(\d+) channels, (?:but )?got 3\b", str(error))
+        if wants:
+            raise ValueError(f"the model takes images with {wants[1]} channels, and the commands read images with 3: put a module "
+                             "in front that makes them, such as torchvision.transforms.Grayscale() for one channel") from error
         own = getattr(model, "input_size", None)
         made = f"; it was made for {own}" if own else ""
         raise ValueError(f"the model cannot take images of {size[0]} x {size[1]} pixels ({error}): "

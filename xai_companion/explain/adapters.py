@@ -8,6 +8,7 @@ __all__ = ['sum_channels', 'max_channels', 'CaptumExplainer', 'Saliency', 'Integ
 
 # %% ../../nbs/19_explain.adapters.ipynb #3139f748
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 # %% ../../nbs/19_explain.adapters.ipynb #e218b621
 from ..core import seeded
 from .base import Explainer, check_counts, get_explainer
-from ..hooks import watch
+from ..hooks import unwrapped, watch
 from ..masking import hidden
 
 # %% ../../nbs/19_explain.adapters.ipynb #fd83e4a0
@@ -90,7 +91,8 @@ class IntegratedGradients(CaptumExplainer, name="integrated_gradients"):
 
 # %% ../../nbs/19_explain.adapters.ipynb #83a0f9f1
 class SmoothGrad(CaptumExplainer, name="smoothgrad"):
-    "Gradient averaged over noisy copies (Smilkov et al., 2017), through captum"
+    "Gradient averaged over noisy copies (Smilkov et al., 2017), each through captum"
+    version = 2  # 1 drew other noise for images of odd sizes
     reduce, one_by_one = staticmethod(max_channels), True
 
     def __init__(self,
@@ -105,11 +107,14 @@ class SmoothGrad(CaptumExplainer, name="smoothgrad"):
         self.samples, self.noise, self.chunk = samples, noise, chunk
 
     def call(self, images, target, baseline):
-        from captum.attr import NoiseTunnel
-        spread = self.noise * (images.max() - images.min()).item()
-        return NoiseTunnel(self.captum("Saliency")).attribute(
-            images, nt_type="smoothgrad", nt_samples=self.samples, nt_samples_batch_size=self.chunk, stdevs=spread,
-            target=target, abs=False)
+        saliency, images, total = self.captum("Saliency"), images.detach(), 0
+        spread = self.noise * (images.max() - images.min())
+        for start in range(0, self.samples, self.chunk):
+            count = min(self.chunk, self.samples - start)
+            noise = torch.cat([torch.randn(images.shape, device=images.device) for _ in range(count)])
+            noisy = images + spread * noise.to(images.dtype)
+            total = total + saliency.attribute(noisy.requires_grad_(), target=target, abs=False).float().sum(0, keepdim=True)
+        return total / self.samples
 
 # %% ../../nbs/19_explain.adapters.ipynb #cd155c24
 class Occlusion(CaptumExplainer, name="occlusion"):
@@ -167,6 +172,9 @@ def _no_new_attributes(model):
             for name in set(vars(module)) - names:
                 delattr(module, name)
 
+def _cannot(why, remedy="Use"):
+    return ValueError(f"DeepLift cannot explain this model: {why}. {remedy} integrated_gradients.")
+
 # %% ../../nbs/19_explain.adapters.ipynb #a470808d
 class DeepLift(CaptumExplainer, name="deeplift"):
     "DeepLift (Shrikumar et al., ICML 2017), through captum, on networks that captum supports"
@@ -192,19 +200,28 @@ class DeepLift(CaptumExplainer, name="deeplift"):
     def check_modules(self, images):
         "Refuse activations that captum's DeepLift cannot follow"
         rules = import_module("captum.attr._core.deep_lift").SUPPORTED_NON_LINEAR
-        kinds = {kind.__name__ for kind in rules}
+        ruled = {name for name, module in unwrapped(self.model).named_modules() if type(module) in rules}
+        bent = {kind.lower() for kind in (*nn.modules.activation.__all__, *(rule.__name__ for rule in rules), "clamp")}
         with watch(self.model) as calls:
             self.model(images[:1])
-        activations = [c for c in calls if c.name and hasattr(nn.modules.activation, c.kind)]
-        names = [c.name for c in activations]
-        for call in activations:
-            if names.count(call.name) > 1:
-                raise ValueError(f"DeepLift cannot explain this model: its module {call.name!r} ({call.kind}) runs "
-                                 f"{names.count(call.name)} times in a forward pass. Give each call a module of its own, "
-                                 "or use integrated_gradients.")
-            if call.kind not in kinds:
-                raise ValueError(f"DeepLift cannot explain this model: captum has no rule for {call.kind} "
-                                 f"({call.name!r}). Use integrated_gradients.")
+        runs = Counter(call.name for call in calls)
+        for call in sorted(calls, key=lambda call: call.start):
+            if isinstance(call.output, Tensor) and call.output.dtype == torch.float16:
+                raise _cannot("captum divides by differences, guarded by 1e-10, which is 0 in float16", "Use model.float(), or use")
+            if call.kind.replace("_", "").lower() not in bent:
+                continue
+            if call.name is None:
+                around = [c for c in calls if c.name is not None and c.start < call.start and call.stop < c.stop]
+                place = min(around, key=lambda c: c.stop - c.start)
+                if place.name in ruled:
+                    continue
+                raise _cannot(f"the forward of {place.kind} ({place.name!r}) calls {call.kind} as a function, where captum does "
+                              "not see it", "Make it a module, or use")
+            if runs[call.name] > 1:
+                raise _cannot(f"its module {call.name!r} ({call.kind}) runs {runs[call.name]} times in a forward pass",
+                              "Give each call a module of its own, or use")
+            if call.name not in ruled:
+                raise _cannot(f"captum has no rule for {call.kind} ({call.name!r})")
 
 # %% ../../nbs/19_explain.adapters.ipynb #7f6fa06f
 def as_quantus(method: str,  # a name in `EXPLAINERS`

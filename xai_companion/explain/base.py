@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core import seeded, span
 from ..hooks import capture, evaluating
 from ..masking import masked_scores, normalize_map, upsample
-from ..models import last_conv
+from ..models import check_layout, last_conv
 from ..scores import check_logits, check_score, class_scores, pick_target
 
 # %% ../../nbs/10_explain.base.ipynb #b6ca91f8
@@ -135,12 +135,12 @@ class Explainer:
         return undisturbed(self.model, images, self.seed)
 
     def pick_layers(self, images):
-        "The layers given by the user, or `default_layers`, found once per size of image"
-        if self.layers is not None:
-            return self.layers
+        "The layers given by the user, checked, or `default_layers`: looked for once per size of image"
         size = tuple(images.shape[1:])
         if size not in self._found:
-            self._found[size] = self.default_layers(size)
+            if self.layers is not None:
+                check_layout(self.model, self.layers, size)
+            self._found[size] = self.default_layers(size) if self.layers is None else self.layers
         return self._found[size]
 
     def default_layers(self, size):
@@ -170,7 +170,9 @@ def activations_and_gradients(model: nn.Module,
         if act.dim() != 4:
             raise ValueError(f"layer {name!r} gives {tuple(act.shape)}, not maps (N, K, h, w): choose a convolutional layer")
         if grad is None:
-            raise ValueError(f"the class score does not depend on layer {name!r} in a differentiable way: choose another layer")
+            raise ValueError(f"the class score does not depend on layer {name!r} in a differentiable way: the model's forward "
+                             "does not use its output, or runs it under torch.no_grad or behind a detach. Take that out, "
+                             "or choose another layer")
     return {k: _exact(a) for k, a in acts.items()}, {k: _exact(g) for k, g in zip(acts, grads, strict=True)}, logits.detach()
 
 def _exact(x):

@@ -26,9 +26,8 @@ def gradcampp_weights(acts: Tensor,   # A, (N, K, h, w)
                       grads: Tensor,  # g, (N, K, h, w)
                       ) -> Tensor:
     "Positive gradients weighed by a ratio of their powers, (N, K, 1, 1)"
-    square, cube = grads**2, grads**3
-    alpha = square / (2 * square + acts.sum((2, 3), keepdim=True) * cube + 1e-6)
-    return (alpha * grads.relu()).sum((2, 3), keepdim=True)
+    positive = grads.relu()
+    return (positive / (2 + acts.sum((2, 3), keepdim=True) * positive)).sum((2, 3), keepdim=True)
 
 # %% ../../nbs/11_explain.cam.ipynb #1f5c7f8b
 def xgradcam_weights(acts: Tensor,   # A, (N, K, h, w)
@@ -89,6 +88,7 @@ class GradCAM(CAM, name="gradcam"):
 
 class GradCAMPlusPlus(CAM, name="gradcampp"):
     "Grad-CAM++ (Chattopadhyay et al., WACV 2018)"
+    version = 2  # 1 added 1e-6 to the denominator, as grad-cam does
     weights = staticmethod(gradcampp_weights)
 
 class XGradCAM(CAM, name="xgradcam"):
