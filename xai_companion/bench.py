@@ -32,7 +32,7 @@ from .models import last_conv, load_model
 from .records import record_key
 from .results import save, show
 from .steps import PLANNED, Step, take_steps
-from .timing import bare_passes, bench_loader, bench_training, first, rounds, row, spread, whole
+from .timing import bare_passes, bench_files, bench_loader, bench_training, first, rounds, row, spread, whole
 from .train.files import write_whole
 
 # %% ../nbs/66_bench.ipynb #0a2ee89d
@@ -279,8 +279,9 @@ def measurements(device: str = "cpu") -> dict:  # by name: the tables, and a fun
     add("small images", ("small",), bench_small, few, device, *((4, 16, 10) if small else (16, 64, 256)))
     add("selections of SISE", ("selection",), bench_selection, few, device, size)
     add("Extremal Perturbation", ("extremal",), bench_extremal, few, device, 2 if small else 10, size)
-    batch, side = (2, 16) if small else (16 if on_cpu else 128, 64)
+    batch, side = (2, 32) if small else (16 if on_cpu else 128, 64)
     add("input pipeline", ("loader",), bench_loader, few if on_cpu else 9, device, batch, side)
+    add("images from files", ("loader",), bench_files, few, device, batch, side, *((2, 1) if on_cpu else (200, 8)))
     add("training steps", ("training", "throughput"), bench_training, few, device, batch, side, 1 if on_cpu else 20)
     return found
 
