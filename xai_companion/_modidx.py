@@ -46,6 +46,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'xai_companion.bench.bench_selection': ('bench.html#bench_selection', 'xai_companion/bench.py'),
                                      'xai_companion.bench.bench_small': ('bench.html#bench_small', 'xai_companion/bench.py'),
                                      'xai_companion.bench.bench_steps': ('bench.html#bench_steps', 'xai_companion/bench.py'),
+                                     'xai_companion.bench.dtype_name': ('bench.html#dtype_name', 'xai_companion/bench.py'),
                                      'xai_companion.bench.maskers': ('bench.html#maskers', 'xai_companion/bench.py'),
                                      'xai_companion.bench.measurements': ('bench.html#measurements', 'xai_companion/bench.py'),
                                      'xai_companion.bench.network': ('bench.html#network', 'xai_companion/bench.py'),

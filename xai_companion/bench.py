@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAT', 'PHOTOS', 'NETWORKS', 'METHODS', 'T4', 'LAYERS', 'TABLES', 'network', 'ours', 'peers', 'bench_cams', 'printed',
-           'maskers', 'bench_masks', 'bench_others', 'score_cam_peers', 'bench_scorecam', 'bench_small',
+           'dtype_name', 'maskers', 'bench_masks', 'bench_others', 'score_cam_peers', 'bench_scorecam', 'bench_small',
            'bench_selection', 'bench_extremal', 'measurements', 'bench_steps', 'store_measured', 'bench']
 
 # %% ../nbs/66_bench.ipynb #d5e9e03c
@@ -103,6 +103,10 @@ def printed(method: str, name: str) -> dict | None:
         return {"value": "0.23 to 0.26 s", "source": "released code, GPU unnamed"}
     return {"value": f"{T4[name][method]} s", "source": "slides, Tesla T4"} if method in T4.get(name, {}) else None
 
+def dtype_name(dtype: torch.dtype | None) -> str:
+    "What a network computes in, under autocast or without"
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+
 def maskers(model: nn.Module, masks: int, **options) -> dict:
     "The methods that mask, each limited to about `masks` masks"
     per_layer = masks // 5
@@ -125,7 +129,7 @@ def bench_masks(name: str,          # for `network`
     both = {**explainers, **{f"{method}, none": e for method, e in maskers(model, 0, dtype=dtype).items()}}
     contestants = {method: lambda e=e: e.attribute(image, 285) for method, e in both.items()}
     seconds = rounds(contestants | {"bare": bare_passes(model, image, masks, dtype=dtype)}, repeats, device)
-    about = dict(model=name, size=size, masks=masks, device=device, dtype="float32" if dtype is None else str(dtype).removeprefix("torch."))
+    about = dict(model=name, size=size, masks=masks, device=device, dtype=dtype_name(dtype))
     about |= {"compiled": True} if compiled else {}
     kind = f"{name}{', compiled' * compiled}{'' if dtype is None else ', ' + about['dtype']}"
     per_image, over, per_mask = [], [], []
@@ -207,9 +211,9 @@ def bench_scorecam(name: str,          # one of NETWORKS
         count = explainer.full
     contestants["bare"] = bare_passes(model, image, count, dtype=dtype)
     seconds = rounds(contestants, repeats, device)
-    floor, kind = seconds.pop("bare"), "" if dtype is None else f", ours and floor in {str(dtype).removeprefix('torch.')}"
-    return [row(f"{contestant}: {name}{kind}", s, floor, "bare passes", device=device, model=name, size=size, masks=count)
-            for contestant, s in seconds.items()]
+    floor, kind = seconds.pop("bare"), "" if dtype is None else f", ours and floor in {dtype_name(dtype)}"
+    return [row(f"{contestant}: {name}{kind}", s, floor, "bare passes", device=device, model=name, size=size, masks=count,
+                dtype=dtype_name(dtype if contestant.startswith("ours") else None)) for contestant, s in seconds.items()]
 
 # %% ../nbs/66_bench.ipynb #17377393
 def bench_small(repeats: int = 5, device: str = "cpu", images: int = 16, size: int = 64, masks: int = 256) -> list[dict]:
@@ -257,13 +261,14 @@ def bench_extremal(repeats: int = 3, device: str = "cpu", steps: int = 10, size:
 def measurements(device: str = "cpu") -> dict:  # by name: the tables, and a function that gives the records of each
     "What the bench measures, in order"
     small, on_cpu = by_profile(smoke=True, quick=False), device == "cpu"
-    few, some, size, names = (1, 1, 32, NETWORKS[:1]) if small else (3, 5, 224, NETWORKS)
+    few, some, size, names = (1, 1, 32, NETWORKS[1:2]) if small else (3, 5, 224, NETWORKS)
+    short = small or on_cpu
     masks, steps = (10, (1, 2)) if small else (256, (2, 8)) if on_cpu else (2560, (20, 100))
     kinds = [{}] if on_cpu else [{}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "compiled": True}]
     found = {}
 
     def add(name, tables, work, *arguments, **kind):
-        about = [str(v).removeprefix("torch.") if k == "dtype" else k for k, v in kind.items()]
+        about = [dtype_name(v) if k == "dtype" else k for k, v in kind.items()]
         found[", ".join([name, *about])] = tables, partial(work, *arguments, **kind)
     for name in names:
         add(f"gradient methods, {name}", ("cams",), bench_cams, name, some, device, size)
@@ -280,9 +285,9 @@ def measurements(device: str = "cpu") -> dict:  # by name: the tables, and a fun
     add("selections of SISE", ("selection",), bench_selection, few, device, size)
     add("Extremal Perturbation", ("extremal",), bench_extremal, few, device, 2 if small else 10, size)
     batch, side = (2, 32) if small else (16 if on_cpu else 128, 64)
-    add("input pipeline", ("loader",), bench_loader, few if on_cpu else 9, device, batch, side)
-    add("images from files", ("loader",), bench_files, few, device, batch, side, *((2, 1) if on_cpu else (200, 8)))
-    add("training steps", ("training", "throughput"), bench_training, few, device, batch, side, 1 if on_cpu else 20)
+    add("input pipeline", ("loader",), bench_loader, few if short else 9, device, batch, side)
+    add("images from files", ("loader",), bench_files, few, device, batch, side, *((2, 1) if short else (200, 8)))
+    add("training steps", ("training", "throughput"), bench_training, few, device, batch, side, 1 if short else 20)
     return found
 
 # %% ../nbs/66_bench.ipynb #874a101c
