@@ -161,10 +161,12 @@ def code_cells(name):
 
 
 def shown_by(source):
-    "The last expression of a cell, if it is a call of one of `TABLES` with nothing but constants"
+    "The last expression of a cell, if it is a call of one of `TABLES`, or of methods of what it gives, with nothing but constants"
     match ast.parse(source).body:
-        case [*_, ast.Expr(ast.Call(ast.Name(name), arguments) as call)] if name in TABLES:
-            return ast.unparse(call) if all(isinstance(part, ast.Constant | ast.List) for part in arguments) else None
+        case [*_, ast.Expr(ast.Call() as call)]:
+            names = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
+            return ast.unparse(call) if len(names) == 1 and names <= set(TABLES) else None
+
 
 
 NOTEBOOKS = [file.relative_to(ROOT / "nbs").with_suffix("").as_posix() for file in sorted((ROOT / "nbs").rglob("*.ipynb"))]
