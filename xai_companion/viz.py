@@ -159,7 +159,7 @@ class PageFigure(Figure):
     "A figure that notebooks show as a PNG of few colours"
     def _encode(self, sharp: Image.Image, page: tuple) -> tuple[str, bytes]:
         file = io.BytesIO()
-        sharp.quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        sharp.quantize(48, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
         return "image/png", file.getvalue()
 
     def small(self) -> tuple[str, bytes, tuple[int, int]]:  # MIME type; the file; width and height on the page in pixels
