@@ -210,7 +210,7 @@ def test_pages_of_records_show_the_records(name, records_only):
 
 def tables_of(call):
     "The tables of results/ whose rows a call shows, as (paper, table)"
-    call = ast.parse(call, mode="eval").body
+    call = next(node for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
     arguments, beds = ([ast.literal_eval(part) for part in parts] for parts in (call.args, [k.value for k in call.keywords]))
     match call.func.id:
         case "show" | "grid":
