@@ -20,7 +20,10 @@ ENV = {
 }
 
 
-SLOW = {Path("index.ipynb")}  # a minute for its picture; `test_guide` runs the same lines with cheaper methods
+SLOW = {  # half a minute of computing and more, with a quick stand-in
+    Path("index.ipynb"): "test_guide runs its lines with cheaper methods",
+    Path("66_bench.ipynb"): "test_bench runs what it exports",
+}
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, marks=pytest.mark.slow) if p in SLOW else p for p in NOTEBOOKS],

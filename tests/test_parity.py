@@ -23,7 +23,7 @@ def relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=[*NETWORKS[:3], pytest.param(NETWORKS[3], marks=pytest.mark.slow)])
 def setting(request):
     "A network, the layer to compare at, two photographs"
     if request.param == "efficientnet_lite0":
