@@ -259,7 +259,7 @@ def test_headlines_come_with_their_records(quick, monkeypatch):
         monkeypatch.setenv("XAI_COMPANION_COMMAND", f"run {profile}")
         save("excon", "accuracy", [record(row | {"data": "synthetic"}, 60.0, "%", n=500)])
     tiny = row | {"data": "tiny_imagenet", "model": "resnet18"}
-    save("excon", "accuracy", [record(tiny, 50.0, "%", n=2000), record(tiny | {"classes": 50}, 70.0, "%", n=1000)])
+    save("excon", "accuracy", [record(tiny, 50.0, "%", n=2000), record(tiny | {"data": "tiny_imagenet_50"}, 70.0, "%", n=1000)])
     save("ada_sise", "quality_plain", [record({"row": "SISE", "metric": "time", "testbed": "A"}, values=[0.1, 0.3], unit="s")])
     table = headlines()
     assert list(table.index) == ["SISE: time, A", "ExCon: Accuracy, plain CNN, creatures",

@@ -212,7 +212,7 @@ def claims_figure(root: Path | None = None  # folder of the records; default: re
 # %% ../nbs/02b_overview.ipynb #389733ae
 CAMS, TRAINED, CONTRAST = ("Grad-CAM", "SISE"), ("Cross-entropy", "Random occlusion", "EDDA"), ("Cross-entropy", "SupCon", "ExCon", "ExConB")
 DRAWN, FIFTY, WHOLE = "plain CNN, creatures", "ResNet-18, 50 classes of Tiny ImageNet", "ResNet-18, Tiny ImageNet at 64 pixels"
-HEADLINES = (  # paper, table, metric, rows, what else is fixed in config or n, and where, unless the config names a testbed
+HEADLINES = (  # paper, table, metric, rows, what else is fixed, and where, unless the config names a testbed
     ("sise", "quality_plain", "EBPG", CAMS, {}, None),
     ("sise", "quality_tiny", "EBPG", CAMS, {}, None),
     ("sise", "quality_tiny_resnet18", "EBPG", CAMS, {}, None),
@@ -225,7 +225,7 @@ HEADLINES = (  # paper, table, metric, rows, what else is fixed in config or n, 
       for on, where in (("plain CNN", DRAWN), ("ResNet-18", FIFTY), ("cifar10, resnet18", "ResNet-18, CIFAR-10"))
       for table, metric in (("place", "Accuracy"), ("faithful", "Drop"), ("faithful", "Drop, blur"))),
     ("excon", "accuracy", "Accuracy", CONTRAST, {"data": "synthetic"}, DRAWN),
-    ("excon", "accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet", "model": "resnet18", "n": 2000}, WHOLE),  # n: not its fifty classes
+    ("excon", "accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet", "model": "resnet18"}, WHOLE),
     ("excon", "accuracy", "Accuracy", CONTRAST, {"data": "cifar100", "model": "resnet50"}, "ResNet-50, CIFAR-100"),
     ("excon", "shift", "ECE, 15 bins, severity 3", CONTRAST[1:], {"data": "synthetic"}, DRAWN),
 )
@@ -242,7 +242,7 @@ def headlines(links: str | None = None,  # folder of the paper pages, seen from 
     lines = {}
     for paper, table, metric, rows, fixed, where in HEADLINES:
         for (profile, records), row in product(load(paper, table, root).items(), rows):
-            own = [r for r in records if {"row": row, "metric": metric}.items() | fixed.items() <= (r["config"] | {"n": r["n"]}).items()]
+            own = [r for r in records if {"row": row, "metric": metric}.items() | fixed.items() <= r["config"].items()]
             if own:
                 page = f"[{TITLES[paper]}]({links}/{PLACES[paper][0]}.ipynb)" if links else TITLES[paper]
                 line = lines.setdefault((paper, f"{row}: {metric}, {own[0]['config'].get('testbed', where)}"), {"command": []})
