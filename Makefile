@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEARCH := $(if $(filter file default undefined,$(origin PYTHON)),python3 python3.13 python3.12 python3.11,$(PYTHON))
 ONE_THREAD := OMP_NUM_THREADS=1  # for each of the test processes: two threads in two processes are slower than one
+KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=536870912  # see nbs/64_notebooks.ipynb
 NOTEBOOK_ENV := CUDA_VISIBLE_DEVICES= MPLBACKEND=agg PYTHONHASHSEED=0
 
 .DEFAULT_GOAL := help
@@ -18,10 +19,10 @@ reproduce: .venv/.installed  ## run the notebooks of the papers, report into rep
 	@$(BIN)/xai-companion reproduce
 
 test: .venv/.installed  ## run the tests that take seconds
-	@$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	@$(ONE_THREAD) $(KEEP_MEMORY) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-all: .venv/.installed  ## run all tests
-	@$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m ""
+	@$(ONE_THREAD) $(KEEP_MEMORY) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m ""
 
 lab: .venv/.installed  ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter-lab --notebook-dir=nbs

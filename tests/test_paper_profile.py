@@ -96,7 +96,8 @@ def own_files(monkeypatch):
 @pytest.mark.parametrize("name", [
     "edda_resnet56_cifar10", "random_occlusion_resnet18_svhn", *(pytest.param(name, marks=pytest.mark.slow) for name in (
         "ce_resnet18_cifar100", "cutout_resnet56_svhn", "edda_resnet18_cifar100", "exconb_cifar100", "excon_tiny_imagenet",
-        "supcon_tiny_imagenet", "supcon_clean_view_cifar100", "ce_tiny_imagenet"))])
+        "supcon_tiny_imagenet", "supcon_clean_view_cifar100", "ce_tiny_imagenet", "edda_vgg16_bn_cifar10", "cutout_resnet50_cifar10",
+        "random_occlusion_resnet18_tiny_imagenet"))])
 def test_a_published_row_from_files_to_a_network(paper_profile, own_files, capsys, name):  # noqa: F811
     published = PUBLISHED[name].config
     TRAINING[published.data](paper_profile / "data")
@@ -121,7 +122,8 @@ def test_every_published_set_and_network_is_tried():
     tried = {mark if isinstance(mark, str) else mark.values[0]
              for mark in test_a_published_row_from_files_to_a_network.pytestmark[0].args[1]}
     assert {(p.config.data, p.config.model) for p in (PUBLISHED[name] for name in tried)} >= {
-        ("cifar10", "resnet56"), ("cifar100", "resnet18"), ("cifar100", "resnet50"), ("svhn", "resnet18"), ("tiny_imagenet", "resnet50")}
+        *(("cifar10", model) for model in ("resnet50", "resnet56", "vgg16_bn")), *(("cifar100", model) for model in ("resnet18", "resnet50")),
+        ("svhn", "resnet18"), *(("tiny_imagenet", model) for model in ("resnet18", "resnet50"))}
     assert {p.config.data for p in PUBLISHED.values()} == set(TRAINING)
 
 
@@ -242,7 +244,8 @@ def test_page_of_edda(page, short_schedules):
     TRAINING["cifar100"](page.root / "data")
     TRAINING["svhn"](page.root / "data")
     found = page("04_edda")
-    assert list(found["beds"]) == ["cifar100_resnet18", "cifar100_resnet56", "svhn_resnet18", "svhn_resnet56"]
+    networks = ("resnet18", "resnet50", "resnet56", "vgg16_bn")
+    assert list(found["beds"]) == [f"{data}_{network}" for data in ("cifar100", "svhn") for network in networks]
     assert all(set(frame.row) == {"Cross-entropy", "Random occlusion", "EDDA", "Cutout"} for frame in found["frames"].values())
     rows = stored(page.root, "edda", "place")
     assert {row["config"]["on"] for row in rows} == {bed.title for bed in found["beds"].values()}

@@ -183,6 +183,23 @@ def test_the_plan_of_all_notebooks(clone, capsys, monkeypatch):
     assert reproduce(["excon"], minutes=0) == 1 and "FAILED in cell [1]" in capsys.readouterr().out
 
 
+def test_the_plan_of_all_notebooks_comes_before_the_first(clone, capsys, monkeypatch):
+    "Also when a page cannot plan; not for a single page, which has its own, nor again and again in a time box"
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
+    monkeypatch.setattr("xai_companion.reproduce.pick_device", lambda name: "cpu")
+    for name in ("05_excon", "01_sise"):
+        write(clone, f"{name}.ipynb", STEPS.replace("SECONDS", "30").replace("COUNT", "2").replace("{name}", name))
+    write(clone, "04_edda.ipynb", "1 / 0")
+    for words, whole in (({}, 1), ({"minutes": 9}, 0), ({"papers": ["sise"]}, 0)):
+        reproduce(**words)
+        said = capsys.readouterr().out
+        assert said.count("In all about 2:00 min") == whole and "step: 2 of 2, 01_sise 1" in said
+    reproduce()
+    said = capsys.readouterr().out
+    plans, run = said.split("Running 3 notebooks in the gpu profile")
+    assert "01_sise 1" in plans and "step:" not in plans and "FAILED" in plans and run.count("plan: 2 of 2 steps left") == 2
+
+
 def test_a_time_box_that_is_too_small(clone, capsys):
     "Where a step was taken the same command goes on; where none fits, it would for ever"
     taken = "from pathlib import Path\nfrom xai_companion.steps import Step, take_steps\nfile = Path('../../done')\n"

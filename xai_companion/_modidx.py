@@ -1373,6 +1373,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'xai_companion.reproduce._index': ('reproduce.html#_index', 'xai_companion/reproduce.py'),
                                          'xai_companion.reproduce._mathjax': ('reproduce.html#_mathjax', 'xai_companion/reproduce.py'),
                                          'xai_companion.reproduce._page': ('reproduce.html#_page', 'xai_companion/reproduce.py'),
+                                         'xai_companion.reproduce._plan_all': ('reproduce.html#_plan_all', 'xai_companion/reproduce.py'),
                                          'xai_companion.reproduce._run_all': ('reproduce.html#_run_all', 'xai_companion/reproduce.py'),
                                          'xai_companion.reproduce._run_one': ('reproduce.html#_run_one', 'xai_companion/reproduce.py'),
                                          'xai_companion.reproduce._state': ('reproduce.html#_state', 'xai_companion/reproduce.py'),

@@ -163,6 +163,12 @@ def _disagreeing(outcomes):
     return [f"{o.paper} / {name}: {row}" for o in outcomes for name, table in o.tables.items()
             for row in table.index[table["agrees"] == ANSWER[False]]]
 
+def _plan_all(notebooks, papers, now):
+    "Print the plan of all notebooks, which needs no GPU; the exit status"
+    with tempfile.TemporaryDirectory() as scratch:
+        elsewhere = {"XAI_COMPANION_DEVICE": "cpu", PLANNED: now.device}
+        return show_plan(notebooks, _environment(now, papers, False, scratch, 0) | elsewhere, now.profile)
+
 def _run_all(notebooks, now, env):
     "Run the notebooks; their outcomes, up to the end of the time box"
     outcomes = []
@@ -185,17 +191,18 @@ def reproduce(papers: list[str] | None = None,  # names such as "sise"; default:
     now = settings()
     notebooks = choose(find_papers(), papers or (SAMPLE if check else None), now.profile)
     if minutes == 0:
-        with tempfile.TemporaryDirectory() as scratch:
-            elsewhere = {"XAI_COMPANION_DEVICE": "cpu", PLANNED: now.device}
-            return show_plan(notebooks, _environment(now, papers, False, scratch, 0) | elsewhere, now.profile)
+        return _plan_all(notebooks, papers, now)
     pick_device(now.device)
     if record and now.profile == "smoke":
         raise ValueError("the smoke profile is never recorded: choose another with XAI_COMPANION_PROFILE")
     now.reports.mkdir(parents=True, exist_ok=True)
-    print(f"Running {len(notebooks)} notebook{'s' * (len(notebooks) > 1)} in the {now.profile} profile")
+    until = _deadline(now.profile, minutes)
     try:
+        if until == "inf" and len(notebooks) > 1:
+            _plan_all(notebooks, papers, now)
+        print(f"Running {len(notebooks)} notebook{'s' * (len(notebooks) > 1)} in the {now.profile} profile")
         with tempfile.TemporaryDirectory() as scratch:
-            outcomes = _run_all(notebooks, now, _environment(now, papers, record, scratch, _deadline(now.profile, minutes)))
+            outcomes = _run_all(notebooks, now, _environment(now, papers, record, scratch, until))
     except KeyboardInterrupt:
         print("stopped by Ctrl-C")
         return 130
