@@ -2,7 +2,7 @@
 
 import os
 import sys
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, set_start_method
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,7 @@ def run_notebook(path, reports, said):
         os.dup2(file.fileno(), 2)
     os.environ.update(ENV, XAI_COMPANION_REPORTS=str(reports))
     os.chdir(ROOT)
+    set_start_method(None, force=True)  # a notebook's own processes start as they would in any other
     from nbdev.test import nbdev_test
 
     nbdev_test(str(path), n_workers=0)
