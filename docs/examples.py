@@ -86,7 +86,7 @@ def examples(kept=KEPT):
             draft = place / f".{name}.{os.getpid()}"
             text = (made / "index.html" if made.is_dir() else made).read_text(encoding="utf-8")
             before, body, after = text.partition("<body>")
-            draft.write_text(f"{before}{body}<p style='margin: 0 0 1em'>{BACK[name]}</p>{after}", encoding="utf-8")
+            draft.write_text(f"{before}{body}<p>{BACK[name]}</p>{after}", encoding="utf-8")
             draft.replace(place / name)
     marked.write_text(stamp)
     return place
