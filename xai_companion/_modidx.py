@@ -1806,6 +1806,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'xai_companion.viz.PhotoFigure': ('viz.html#photofigure', 'xai_companion/viz.py'),
                                    'xai_companion.viz.PhotoFigure._encode': ('viz.html#photofigure._encode', 'xai_companion/viz.py'),
                                    'xai_companion.viz._check_images': ('viz.html#_check_images', 'xai_companion/viz.py'),
+                                   'xai_companion.viz._folded': ('viz.html#_folded', 'xai_companion/viz.py'),
                                    'xai_companion.viz._key': ('viz.html#_key', 'xai_companion/viz.py'),
                                    'xai_companion.viz._lut': ('viz.html#_lut', 'xai_companion/viz.py'),
                                    'xai_companion.viz._name_lines': ('viz.html#_name_lines', 'xai_companion/viz.py'),

@@ -230,6 +230,10 @@ def _texts(texts, count: int, what: str) -> list[str]:
         raise ValueError(f"{len(texts)} {what} for {count} images: give one per image")
     return texts
 
+def _folded(text, tile):
+    "In lines that fit above a picture of so many inches; Grad-CAM stays in one"
+    return textwrap.fill(text, max(8, int(tile * 15)), break_on_hyphens=False)
+
 def show_images(images: torch.Tensor,  # images (N, 1 or 3, H, W) in [0, 1]
                 titles=None,           # N texts, shown above the images
                 columns: int = 4,      # images per row
@@ -242,7 +246,7 @@ def show_images(images: torch.Tensor,  # images (N, 1 or 3, H, W) in [0, 1]
     with plt.rc_context(LOOK):
         fig, axes = _tiles([pictures[i:i + columns] for i in range(0, len(pictures), columns)], tile)
         for ax, title in zip(axes.flat, titles, strict=False):
-            ax.set_title(textwrap.fill(title, max(8, int(tile * 15))))
+            ax.set_title(_folded(title, tile))
     return fig
 
 # %% ../nbs/01_viz.ipynb #0a8c9577
@@ -264,9 +268,9 @@ def show_maps(images: torch.Tensor,        # images (N, 1 or 3, H, W) in [0, 1]
     with plt.rc_context(LOOK):
         fig, axes = _tiles(list(zip(*columns, strict=True)), tile)
         for ax, name in zip(axes[0], ["Image", *map(method_label, maps)], strict=True):
-            ax.set_title(textwrap.fill(name, max(8, int(tile * 15))))
+            ax.set_title(_folded(name, tile))
         for ax, title in zip(axes[:, 0], titles, strict=True):
-            ax.set_ylabel(textwrap.fill(title, max(8, int(tile * 15))))
+            ax.set_ylabel(_folded(title, tile))
         bar = fig.colorbar(ScalarMappable(cmap=options.get("cmap", CMAP)), ax=axes, fraction=0.02, pad=0.02, aspect=30)
         bar.set_ticks([0, 1], labels=["low", "high"])
         bar.outline.set_visible(False)
