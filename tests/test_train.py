@@ -385,6 +385,23 @@ def test_bad_validation_data():
         fit(BASE, toy(), (toy()[0], toy()[1] + 3), model=small_net())
 
 
+def test_many_images_are_read_by_several_processes(tmp_path, monkeypatch):
+    "To the same bytes in the same order; a damaged file is still named"
+    for name in "ab":
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (16, 12), (40 * i, 0, 9)).save(tmp_path / "train" / name / f"{i}.png")
+    source = load_dataset("imagefolder", "train", root=tmp_path, size=16)
+    alone = tensors.to_tensors(source, 16)
+    monkeypatch.setattr(tensors, "MANY", 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(tensors, "read_items", None)  # this process reads nothing
+    assert all(torch.equal(a, b) for a, b in zip(tensors.to_tensors(source, 16), alone, strict=True))
+    (tmp_path / "train" / "b" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="3.png"):
+        tensors.to_tensors(source, 16)
+
+
 def test_validation_images_of_other_classes(tmp_path):
     for split, classes in (("train", "abc"), ("val", "ac")):
         for name in classes:
