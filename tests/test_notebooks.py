@@ -55,6 +55,7 @@ def run_notebook(path, reports, said):
                          ids=lambda path: path.with_suffix("").as_posix())
 def test_notebook(path, tmp_path, processes):
     said = tmp_path / "said.txt"
+    said.touch()
     run = processes.Process(target=run_notebook, args=(NBS / path, tmp_path, said))
     run.start()
     run.join(900)

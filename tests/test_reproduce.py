@@ -13,7 +13,7 @@ import pytest
 
 from xai_companion import notebooks as module
 from xai_companion.cli import main
-from xai_companion.notebooks import choose, find_papers, paper_name, run_notebook
+from xai_companion.notebooks import KEEP_MEMORY, choose, find_papers, paper_name, run_notebook
 from xai_companion.records import record
 from xai_companion.reproduce import reproduce
 
@@ -144,6 +144,10 @@ def test_ctrl_c(clone, times):
         assert run.returncode == 130, err
         assert "01_sise ... stopped by Ctrl-C" in out and "02_ada_sise" not in out
         assert "Traceback" not in err and "never retrieved" not in err, err
+
+
+def test_make_keeps_memory_like_the_kernels():
+    assert [f"KEEP_MEMORY := {name}={value}  #" in (ROOT / "Makefile").read_text() for name, value in KEEP_MEMORY.items()] == [True]
 
 
 def test_core_notebook_in_a_real_kernel(clone):

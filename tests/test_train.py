@@ -395,8 +395,10 @@ def test_many_images_are_read_by_several_processes(tmp_path, monkeypatch):
     alone = tensors.to_tensors(source, 16)
     monkeypatch.setattr(tensors, "MANY", 12)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(tensors, "read_items", None)  # this process reads nothing
+    asked, streamed = [], tensors.Streamed
+    monkeypatch.setattr(tensors, "Streamed", lambda *a, workers: asked.append(workers) or streamed(*a, workers=workers))
     assert all(torch.equal(a, b) for a, b in zip(tensors.to_tensors(source, 16), alone, strict=True))
+    assert asked == [2]
     (tmp_path / "train" / "b" / "3.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="3.png"):
         tensors.to_tensors(source, 16)

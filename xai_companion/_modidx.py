@@ -1765,8 +1765,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'xai_companion/train/recipes.py')},
             'xai_companion.train.tensors': { 'xai_companion.train.tensors._free_memory': ( 'train.tensors.html#_free_memory',
                                                                                            'xai_companion/train/tensors.py'),
-                                             'xai_companion.train.tensors._read': ( 'train.tensors.html#_read',
-                                                                                    'xai_companion/train/tensors.py'),
                                              'xai_companion.train.tensors.check_classes': ( 'train.tensors.html#check_classes',
                                                                                             'xai_companion/train/tensors.py'),
                                              'xai_companion.train.tensors.check_data': ( 'train.tensors.html#check_data',

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 # %% ../../nbs/42a_train.tensors.ipynb #a84912df
 from ..core import progress
 from ..data.items import ImageSet
-from ..data.loader import Streamed, as_bytes, read_items
+from ..data.loader import Streamed, as_bytes
 
 # %% ../../nbs/42a_train.tensors.ipynb #13ae1032
 def _free_memory(device: torch.device) -> int | None:
@@ -40,15 +40,6 @@ def check_fits(count: int,           # images
 # %% ../../nbs/42a_train.tensors.ipynb #008fdb6e
 MANY = 20_000  # images: then starting processes to read them is worth it
 
-def _read(source, size, parts):
-    "Images, labels and indices of each part"
-    workers = min(8, torch.get_num_threads()) if len(source) >= MANY and not hasattr(source, "batch") else 0
-    if workers > 1:
-        yield from Streamed(source, size, workers=workers).batches(parts)
-    else:
-        for part in parts:
-            yield *read_items(source, part.tolist(), size), part
-
 def to_tensors(source: ImageSet,        # a set with one class per image
                size: int,               # side of the images in pixels
                device: torch.device | str = "cpu",  # where they shall lie
@@ -57,7 +48,8 @@ def to_tensors(source: ImageSet,        # a set with one class per image
     check_fits(len(source), size, torch.device(device))
     images, labels = torch.empty(len(source), 3, size, size, dtype=torch.uint8), torch.empty(len(source)).long()
     parts = torch.arange(len(source)).split(max(1, 2_000_000 // (3 * size * size)))  # 2 MB: what processes share may be little
-    for some, their, index in progress(_read(source, size, parts), "reading", len(parts), "batch"):
+    read = Streamed(source, size, workers=min(8, torch.get_num_threads()) if len(source) >= MANY else 0)
+    for some, their, index in progress(read.batches(parts), "reading", len(parts), "batch"):
         images[index], labels[index] = some, their
     return images.to(device), labels.to(device)
 
