@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 # %% ../nbs/52_experiments.ipynb #92f77d50
 from .core import has_bfloat16, progress
 from .data.datasets import load_dataset
-from .data.loader import as_bytes
+from .data.loader import Streamed, as_bytes
 from .data.synthetic import CLASSES, Synthetic
 from .evaluate import measure, seeded_order
 from .explain import get_explainer
@@ -78,14 +77,14 @@ def real_lab(name: str,            # of `load_dataset`, one class per image
     "A data set that is on this computer"
     train, held = (load_dataset(name, part, size=size) for part in ("train", "test" if name in TEST_PARTS else "val"))
     count = classes or len(train.classes)
-    images, labels = to_tensors(train, size)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    order = order[labels[order] < count]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    order = order[Streamed(train, size).labels[order] < count]
+    images, labels = to_tensors(train, size, chosen=order)
     back = len(order) // 20
-    items = (held[i] for i in seeded_order(len(held)))
-    items = list(islice((item for item in items if item.label < count), test))
+    shown = torch.tensor(seeded_order(len(held)))
+    items = [held[i] for i in shown[Streamed(held, size).labels[shown] < count][:test].tolist()]
     own = f"{name}_{classes}" if classes else name
-    return Lab((images[order[back:]], labels[order[back:]]), (images[order[:back]], labels[order[:back]]),
+    return Lab((images[back:], labels[back:]), (images[:back], labels[:back]),
                torch.stack([item.image for item in items]), torch.tensor([item.label for item in items]),
                [item.mask() for item in items], train.classes[:count], own, f"{train.fingerprint}, {len(order) - back} used")
 

@@ -43,14 +43,18 @@ MANY = 20_000  # images: then starting processes to read them is worth it
 def to_tensors(source: ImageSet,        # a set with one class per image
                size: int,               # side of the images in pixels
                device: torch.device | str = "cpu",  # where they shall lie
+               chosen: Tensor | None = None,  # (N,): which images; default: all
                ) -> tuple[Tensor, Tensor]:  # images uint8 (N, 3, S, S) and labels (N,)
-    "All images and labels of a set"
-    check_fits(len(source), size, torch.device(device))
-    images, labels = torch.empty(len(source), 3, size, size, dtype=torch.uint8), torch.empty(len(source)).long()
-    parts = torch.arange(len(source)).split(max(1, 2_000_000 // (3 * size * size)))  # 2 MB: what processes share may be little
-    read = Streamed(source, size, workers=min(8, torch.get_num_threads()) if len(source) >= MANY else 0)
-    for some, their, index in progress(read.batches(parts), "reading", len(parts), "batch"):
-        images[index], labels[index] = some, their
+    "Images and labels of a set"
+    chosen = torch.arange(len(source)) if chosen is None else chosen
+    count = len(chosen)
+    check_fits(count, size, torch.device(device))
+    images, labels = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.empty(count).long()
+    parts = chosen.split(max(1, 2_000_000 // (3 * size * size)))  # 2 MB: what processes share may be little
+    read, done = Streamed(source, size, workers=min(8, torch.get_num_threads()) if count >= MANY else 0), 0
+    for some, their, _ in progress(read.batches(parts), "reading", len(parts), "batch"):
+        images[done:done + len(some)], labels[done:done + len(some)] = some, their
+        done += len(some)
     return images.to(device), labels.to(device)
 
 # %% ../../nbs/42a_train.tensors.ipynb #a2f65696
