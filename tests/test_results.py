@@ -7,6 +7,9 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.terminal.interactiveshell import TerminalInteractiveShell
 from scipy import stats
 
 from xai_companion import overview, printed, results, verdicts
@@ -146,10 +149,20 @@ def test_show(folders, monkeypatch):
     assert len(notice) == 1 and "reproduce --record" in notice.iloc[0, 0]
 
 
+def test_a_notebook_stores_a_table_once(monkeypatch):
+    "In a terminal the text, in a notebook the HTML and a line"
+    table, display = results.Table({"score": [1.5, 2.5]}, index=["A", "B"]), DisplayFormatter()
+    for shell, text in ((None, repr(table)), (TerminalInteractiveShell.__new__(TerminalInteractiveShell), repr(table)),
+                        (InteractiveShell.__new__(InteractiveShell), "Table of 2 rows")):
+        monkeypatch.setattr("IPython.get_ipython", lambda shell=shell: shell)
+        assert display.format(table)[0] == {"text/plain": text, "text/html": table._repr_html_()}
+
+
 TABLES = {function.__name__: function for function in (
     show, results.grid, results.provenance, verdicts.claims, verdicts.comparisons, overview.claims_overview, overview.claim_details,
     overview.settings_overview, overview.headlines, printed.printed, printed.grids)}
-FORMS = {"text/plain": repr, "text/html": lambda table: table._repr_html_(), "text/markdown": lambda table: table._repr_markdown_()}
+FORMS = {"text/plain": lambda shown: shown._in_short() if isinstance(shown, results.Table) else repr(shown),
+         "text/html": lambda table: table._repr_html_(), "text/markdown": lambda table: table._repr_markdown_()}
 MINIATURES = {"02_results", "02a_verdicts", "02b_overview"}  # these notebooks make results for themselves
 WHOLE = ("guide/claims", "guide/which_explainer")           # these do nothing but read records
 

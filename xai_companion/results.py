@@ -224,7 +224,7 @@ def _labels(configs):
     return [label(config) for config in configs]
 
 class Table(pd.DataFrame):
-    "A DataFrame that shows its cells in full"
+    "A DataFrame that shows its cells in full, and that a notebook stores once"
     _constructor = property(lambda self: Table)
     _full = ("display.max_colwidth", None, "display.max_rows", None, "display.max_columns", None, "display.width", 200)
 
@@ -236,6 +236,14 @@ class Table(pd.DataFrame):
         with pd.option_context(*self._full):
             html = super()._repr_html_()
         return re.sub(r"\n\s*", "", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))  # a page stores many tables
+
+    def _in_short(self):
+        return f"Table of {len(self)} row{'s' * (len(self) != 1)}"
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        from IPython import get_ipython  # which is who asks
+        in_terminal = type(get_ipython()).__name__ in ("NoneType", "TerminalInteractiveShell")
+        return {} if in_terminal else {"text/plain": self._in_short()}
 
 # %% ../nbs/02_results.ipynb #bbab355a
 def _table(columns):
