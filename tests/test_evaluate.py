@@ -1,4 +1,5 @@
 """The evaluation: equal to a naive loop, to itself after an interruption, and to itself on two processes."""
+import importlib.util
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from torchvision.utils import save_image
 from xai_companion.cli import main
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.synthetic import Synthetic
-from xai_companion.evaluate import Ledger, by_size, differences, evaluate, load_units, seeded_order, summary
+from xai_companion.evaluate import Ledger, by_size, describe, differences, evaluate, load_units, seeded_order, summary
 from xai_companion.explain import SISE, GradCAM
 from xai_companion.explain.base import Explainer
 from xai_companion.explain.contract import trap_network
@@ -112,6 +113,43 @@ def test_two_processes_give_the_table_of_one(network, tmp_path):
     one = evaluate({"cam": GradCAM(network), "sise": SISE(network)}, Street(), ("ebpg", "drop"), batch=1, score="sigmoid")
     for frame in ranks:
         pd.testing.assert_frame_equal(without_time(frame)[list(without_time(one))], without_time(one), check_dtype=False)
+
+
+def test_two_processes_with_different_networks_are_told(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("network = trap_network()", "network = trap_network()\n"
+                                       "network[0].weight.data += float(__import__('os').environ['RANK'])"))
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, tmp_path / "both", tmp_path]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode and "the processes have different models" in run.stderr
+
+
+def test_a_folder_needs_a_set_with_a_fingerprint(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(Street, "fingerprint", "")
+    with pytest.raises(ValueError, match="street: a set without a fingerprint"):
+        evaluate({"cam": GradCAM(network)}, Street(), ("ebpg",), folder=tmp_path)
+    assert len(evaluate({"cam": GradCAM(network)}, Street(), ("ebpg",)))
+
+
+def test_changed_code_of_ones_own_explainer_starts_anew(network, tmp_path):
+    def own(body):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.py"
+        file.write_text(f"from xai_companion.explain import GradCAM\nclass Own(GradCAM):\n    def compute(self, *a):\n        return {body}\n")
+        spec = importlib.util.spec_from_file_location(f"own_{file.stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module  # where inspect finds the source
+        spec.loader.exec_module(module)
+        return evaluate({"own": module.Own(network)}, Street(), ("ebpg",), folder=tmp_path / "kept").ebpg
+    first, changed = own("super().compute(*a)"), own("super().compute(*a) ** 3")
+    assert not first.equals(changed) and own("super().compute(*a)").equals(first)
+    assert "code" not in describe(GradCAM(network))
+
+
+def test_summary_counts_what_was_measured(network):
+    frame = evaluate({"cam": GradCAM(network)}, Street(), ("ebpg", "drop"), batch=1)
+    frame.loc[frame.position < 2, "ebpg"] = float("nan")
+    assert summary(frame).n["cam"] == f"{frame[frame.position > 1].position.nunique()} to {frame.position.nunique()}"
 
 
 def test_a_stopped_run_goes_on(network, tmp_path, monkeypatch):

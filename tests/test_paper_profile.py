@@ -3,9 +3,11 @@ networks, and the five pages with nothing but the numbers made small."""
 import json
 import pickle
 import re
+import shutil
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +26,15 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from xai_companion import core, experiments
 from xai_companion.cli import main
 from xai_companion.data.arrays import ArrayReader
-from xai_companion.data.readers import imagenet_wnids
-from xai_companion.experiments import real_lab
+from xai_companion.data.readers import TinyImageNet, imagenet_wnids
+from xai_companion.experiments import creatures_lab, explanation_scores, real_lab, run_rows, store_rows, trained
 from xai_companion.explain import GradCAM
 from xai_companion.models import load_model
+from xai_companion.results import load
 from xai_companion.steps import OutOfTime, read_plan
 from xai_companion.testbeds import OF_PROFILE, TESTBEDS, run_testbeds
 from xai_companion.train.published import PUBLISHED
+from xai_companion.train.recipes import Config
 from xai_companion.viz import PhotoFigure
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +129,39 @@ def test_every_published_set_and_network_is_tried():
         *(("cifar10", model) for model in ("resnet50", "resnet56", "vgg16_bn")), *(("cifar100", model) for model in ("resnet18", "resnet50")),
         ("svhn", "resnet18"), *(("tiny_imagenet", model) for model in ("resnet18", "resnet50"))}
     assert {p.config.data for p in PUBLISHED.values()} == set(TRAINING)
+
+
+def test_a_few_classes_of_a_set_open_no_other_image(tmp_path, monkeypatch):
+    "And a box that has no pixel at this size is none"
+    write_tiny(tmp_path / "tiny-imagenet-200")
+    boxes = tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    lines = boxes.read_text().splitlines()
+    boxes.write_text("\n".join([lines[0].replace("10\t12\t50\t40", "10\t12\t10\t12"), *lines[1:]]) + "\n")
+    monkeypatch.setenv("XAI_COMPANION_DATA", str(tmp_path))
+    opened, read = [], TinyImageNet.read
+    monkeypatch.setattr(TinyImageNet, "read", lambda self, index: opened.append((self.split, *self.targets[index])) or read(self, index))
+    lab = real_lab("tiny_imagenet", 16, classes=2)
+    assert Counter(opened) == {("train", 0): 8, ("train", 1): 8, ("val", 0): 2, ("val", 1): 2}
+    assert len(lab.train[1]) == len(lab.train[0]) == 16 and lab.name == "tiny_imagenet_2" and len(lab.classes) == 2
+    assert [mask is None for mask in lab.masks].count(True) == 1 and all(mask.any() for mask in lab.masks if mask is not None)
+
+    whole = real_lab("tiny_imagenet", 16)
+    few = {image.numpy().tobytes() for image, label in zip(*whole.train, strict=True) if label < 2}
+    assert few <= {image.numpy().tobytes() for image in lab.train[0]} and len(whole.classes) == 6
+    model = load_model("plain_cnn", None, 2)
+    assert all(np.isfinite(value) for value in explanation_scores(model, lab, metrics=("ebpg", "miou", "drop")).values())
+    with pytest.raises(ValueError, match="no soft_drop here: `evaluate` measures that"):
+        explanation_scores(model, lab, metrics=("soft_drop",))
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path, monkeypatch):
+    lab, config = creatures_lab(60, 20), Config(size=32, epochs=2, batch=20)
+    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path / "reports"))
+    _, log = trained(replace(config, data=lab.name, fingerprint=lab.fingerprint), lab, tmp_path)
+    frame = run_rows({"plain": config}, (0,), lab, lambda model, row: {"accuracy": 50.0}, "1", tmp_path)  # finds it trained
+    assert frame.seconds.tolist() == [log[-1]["seconds"]] and frame.seconds[0] > 0
+    store_rows(frame, "edda", "t", ("accuracy",), lab, {"accuracy": 7})
+    assert {row["n"] for row in load("edda", "t", tmp_path / "reports")["quick"]} == {7}
 
 
 # ---- the explainers' testbeds -------------------------------------------------------------------------------------
@@ -356,6 +393,27 @@ def test_gpu_profile_of_edda(gpu_page, capsys):
     rows = json.loads((gpu_page.root / "reports" / "edda" / "place.gpu.json").read_text())
     assert {row["config"]["on"] for row in rows} == {bed.title for bed in found["beds"].values()}
     assert {row["config"]["row"] for row in rows if row["config"]["on"] == "ResNet-18"} == set(found["RECIPES"] | found["CONTROLS"])
+
+
+@pytest.mark.slow
+@needs_shift
+@pytest.mark.parametrize("name, table, entry, creatures, photographs", [
+    ("04_edda", "place", "on", "plain CNN", "plain CNN, photographs"), ("05_excon", "accuracy", "data", "synthetic", "tiny_imagenet_20")])
+def test_cpu_profile_trains_on_photographs_where_they_are(gpu_page, monkeypatch, capsys, name, table, entry, creatures, photographs):
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
+    beds = list(gpu_page(name)["beds"])
+    said, paper = capsys.readouterr().out, name[3:]
+    first_step = read_plan(said)[0][1]
+    assert "not run" not in said and re.search("photographs|Tiny ImageNet", first_step)  # what needs data comes first
+    rows = json.loads((gpu_page.root / "reports" / paper / f"{table}.cpu.json").read_text())
+    recipes = {data: {row["config"]["row"] for row in rows if row["config"][entry] == data} for data in (creatures, photographs)}
+    assert {"Cross-entropy", *(("EDDA",) if paper == "edda" else ("SupCon", "ExCon", "ExConB"))} <= recipes[photographs] <= recipes[creatures]
+    own = [row for row in rows if row["config"][entry] == photographs]
+    assert all(row["provenance"]["data"].startswith("tiny_imagenet train") and np.isfinite(row["value"]) for row in own)
+
+    shutil.rmtree(gpu_page.root / "data")
+    without = list(gpu_page(name)["beds"])
+    assert len(without) == len(beds) - 1 and "not run: " in capsys.readouterr().out
 
 
 # ---- the pages on a device that is not the CPU ----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from test_losses import three_loops
 from torch import nn
 
 from xai_companion.data.loader import epoch_order
-from xai_companion.explain import EXPLAINERS
+from xai_companion.explain import EXPLAINERS, GradCAM
 from xai_companion.hooks import classifier_of
 from xai_companion.models import load_model
 from xai_companion.train import RECIPES, Batch, Config, Moment, fit, get_recipe
@@ -405,6 +405,10 @@ def one_of_two(rank, folder):
     RECIPES["edda"].loss = loss
     dist.barrier()
     found["continued"] = trained("edda", seed=7, folder=folder / "run")
+    found["unlike"] = trained("ce", seed=rank)
+    trained("ce", folder=folder / "seen")
+    with pytest.raises(RuntimeError, match="the number of finished steps is 0 to"):
+        trained("ce", folder=folder / ("seen" if rank == 0 else "not seen"))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -427,9 +431,33 @@ def test_two_processes_take_the_steps_of_one(two_processes, name):
     assert any(not torch.equal(v, net().state_dict()[k]) for k, v in one.items())
 
 
+def test_two_processes_begin_with_the_network_of_the_first(two_processes):
+    assert all(torch.equal(value, two_processes[1]["unlike"][key]) for key, value in two_processes[0]["unlike"].items())
+    assert all(torch.equal(value, two_processes[0]["ce"][key]) for key, value in two_processes[0]["unlike"].items())
+
+
 def test_two_processes_continue_with_the_same_bits(two_processes):
     "The checkpoint of the first process holds the maps of both"
     assert all(torch.equal(found["continued"][key], value) for found in two_processes for key, value in found["edda"].items())
+
+
+@pytest.mark.parametrize("recipe", ["supcon", "exconb", "cutout"])
+def test_an_augmentation_that_means_nothing_is_refused(recipe):
+    with pytest.raises(ValueError, match=f"the recipe {recipe} makes no use of augmentation='none': it"):
+        config(recipe, augmentation="none")
+
+
+@pytest.mark.parametrize("options, words", [({"share": 0.0}, "at least one pixel"), ({"share": 0.0005}, "at least one pixel"),
+                                            ({"p": 0.2}, "p must lie in .0, 1. for 'share'")])
+def test_impossible_options_of_edda_are_told_before_the_training(options, words):
+    with pytest.raises(ValueError, match=words):
+        fit(config("edda", options={"start": 1.0} | options), toy(), model=net())
+
+
+def test_a_new_version_of_the_explainer_is_another_run(monkeypatch):
+    before = {name: config(name).key for name in ("ce", "edda", "excon")}
+    monkeypatch.setattr(GradCAM, "version", GradCAM.version + 1)
+    assert {name for name, key in before.items() if config(name).key != key} == {"edda", "excon"}
 
 
 # ------------------------------------------------------------------ the papers' schedules

@@ -1,7 +1,9 @@
 """Records, intervals and agreement; every file in results/ fits the schema, and the pages show what is in it."""
 import ast
+import io
 import json
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 from threading import Thread
 
@@ -219,6 +221,22 @@ def test_pages_of_records_show_the_records(name, records_only):
             assert_shown(eval(ast.unparse(last), names), outputs)
             compared += 1
     assert compared >= 5
+
+
+def test_what_a_page_prints_of_records_is_in_them(records_only, monkeypatch):
+    "The cells of a tutorial that print records, run again"
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
+    cells = json.loads((ROOT / "nbs/tutorials/read_the_results.ipynb").read_text(encoding="utf-8"))["cells"]
+    names, compared = {}, 0
+    for cell in cells:
+        if cell["id"] in ("64f35c2d", "be1d087f", "e9ec55fb", "71631425", "c4de19e6", "ca5f28fc", "d09e7f86"):
+            said = io.StringIO()
+            with redirect_stdout(said):
+                exec("".join(cell["source"]), names)
+            stored = "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
+            assert said.getvalue() == stored, cell["id"]
+            compared += bool(stored)
+    assert compared == 5
 
 
 def tables_of(call):

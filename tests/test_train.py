@@ -2,12 +2,16 @@
 import math
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from xai_companion.data.datasets import load_dataset
+from xai_companion.data.synthetic import Synthetic
 from xai_companion.models import conv_blocks, load_model
 from xai_companion.networks import TRAINED
 from xai_companion.train import (
@@ -251,7 +256,7 @@ def test_killed_at_any_moment(tmp_path, undisturbed, recipe):
     assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
     a, b = (pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (whole, tmp_path / "killed"))
     assert a.equals(b) and len(a) == (6 if recipe == "edda" else 12)
-    assert {f.name for f in (tmp_path / "killed").iterdir()} == {"checkpoint.pt", "log.csv", "model.pt"}
+    assert {f.name for f in (tmp_path / "killed").iterdir()} == {"checkpoint.pt", "log.csv", "model.pt", ".lock"}
 
 
 def test_a_finished_run_stays_finished(tmp_path):
@@ -284,6 +289,48 @@ def test_a_large_stem_for_small_images(tmp_path):
         run = prepare(replace(BASE, model="resnet18", size=16), toy(), None, model, None, torch.device("cpu"))
         save_weights(run, tmp_path / "model.pt")
         assert load_model("resnet18", tmp_path / "model.pt", 3).network.conv1.kernel_size == ((3, 3) if small else (7, 7))
+
+
+def test_a_fresh_run_that_is_stopped_is_the_one_that_continues(tmp_path, stopping):
+    config = replace(BASE, recipe="stopping")
+    old = fit(config, toy(), model=small_net(), folder=tmp_path)
+    for stop, kept in ((0, "nothing was saved"), (7, "the same command continues from it without --fresh")):
+        stopping.at = stop
+        with pytest.raises(KeyboardInterrupt, match=kept):
+            fit(config, toy(), model=small_net(seed=9), folder=tmp_path, resume=False, every=0.0)
+    stopping.at = None
+    new = fit(config, toy(), model=small_net(seed=3), folder=tmp_path)
+    assert same(new.model, fit(config, toy(), model=small_net(seed=9)).model) and not same(new.model, old.model)
+
+
+@pytest.mark.parametrize("other", [toy(seed=1), toy(39), (toy()[0], toy()[1].flip(0)), Synthetic("train", n=40, size=32, seed=7)])
+def test_a_run_goes_on_with_its_own_images_only(tmp_path, other):
+    images = Synthetic("train", n=40, size=32) if isinstance(other, Synthetic) else toy()
+    net = partial(small_net, 20 if isinstance(other, Synthetic) else 3)
+    fit(BASE, images, model=net(), folder=tmp_path)
+    with pytest.raises(ValueError, match="of another run .other training images"):
+        fit(BASE, other, model=net(), folder=tmp_path)
+    assert fit(BASE, images, model=net(seed=9), folder=tmp_path).done == 20
+    if not isinstance(other, Synthetic):
+        return
+    assert fit(BASE, images, model=net(seed=9), folder=tmp_path, workers=0).done == 20  # however they are read
+    assert same(fit(BASE, other, model=net(), folder=tmp_path, resume=False).model, fit(BASE, other, model=net()).model)
+
+
+def test_the_second_process_in_a_folder_waits(tmp_path, undisturbed):
+    "Two at once: one trains, the other one finds the work done, and no file is lost"
+    both = [start(tmp_path / "shared") for _ in range(2)]
+    said = [process.communicate(timeout=240)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("waiting for its end" in text for text in said) == 1
+    a, b = (torch.load(folder / "model.pt", weights_only=True)["state_dict"] for folder in (undisturbed, tmp_path / "shared"))
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_drafts_of_several_writers_do_not_meet(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: write_whole(tmp_path / "file", bytes([i]) * 10_000), range(200)))
+    assert len(set((tmp_path / "file").read_bytes())) == 1 and [f.name for f in tmp_path.iterdir()] == ["file"]
 
 
 # ------------------------------------------------------------------ a full disk, damaged files, other runs
@@ -502,7 +549,7 @@ def test_command_on_a_folder(photos, tmp_path, capsys):
     assert "24 training and 6 validation images, 2 classes" in said and "validation accuracy 100.0%" in said
     [folder] = tmp_path.iterdir()
     assert folder.name.startswith("ce-plain_cnn-imagefolder-")
-    assert {f.name for f in folder.iterdir()} == {"checkpoint.pt", "log.csv", "curves.png", "model.pt"}
+    assert {f.name for f in folder.iterdir()} == {"checkpoint.pt", "log.csv", "curves.png", "model.pt", ".lock"}
     model = load_model("plain_cnn", weights=folder / "model.pt")
     assert model.classes == ["bright", "dark"] and model.input_size == 16
     again = load_model("plain_cnn", weights=folder / "checkpoint.pt", num_classes=2, classes=["a", "b"])
@@ -527,6 +574,48 @@ def test_command_with_train_and_val(photos, tmp_path, capsys):
         load_model("plain_cnn", weights=file)
     with pytest.raises(ValueError, match="does not fit"):
         load_model("resnet18", weights=file, num_classes=3)
+
+
+@pytest.mark.parametrize("parts", [("train",), ("train", "test")])
+def test_command_with_train_and_no_val(photos, tmp_path, capsys, parts):
+    "A part of the training images is for validation; a folder `train` of pictures is a class"
+    for part in parts:
+        shutil.copytree(photos / "plain", tmp_path / "data" / part)
+    assert run("--data", tmp_path / "data", *SHORT, "--out", tmp_path / "out", "--epochs", 1) == 0
+    assert "24 training and 6 validation images, 2 classes" in capsys.readouterr().out
+    assert load_dataset("imagefolder", root=tmp_path / "data").classes == ["bright", "dark"]
+    shutil.copytree(photos / "plain" / "dark", tmp_path / "vehicles" / "train")
+    shutil.copytree(photos / "plain" / "bright", tmp_path / "vehicles" / "bus")
+    assert run("--data", tmp_path / "vehicles", *SHORT, "--out", tmp_path / "out", "--epochs", 1) == 0
+    assert load_dataset("imagefolder", root=tmp_path / "vehicles").classes == ["bus", "train"]
+
+
+def test_the_command_in_the_file_is_the_one_that_ran(photos, tmp_path):
+    "Also with a schedule whose images are not mirrored, and with an option that a shell would take apart"
+    words = ("--data", photos / "plain", *SHORT, "--epochs", 1, "--out", tmp_path)
+    assert run(*words, "--config", "edda_resnet18_svhn", "--model", "plain_cnn", "--set", 'explainer={"signed": true}') == 0
+    [file] = tmp_path.rglob("model.pt")
+    meta = torch.load(file, weights_only=True)["meta"]
+    again = shlex.split(meta["command"])[2:]
+    again[again.index("--data") + 1] = str(photos / "plain")
+    assert "--no-flip" in again and run(*again, "--device", "cpu", "--out", tmp_path / "again") == 0
+    [file] = (tmp_path / "again").rglob("model.pt")
+    assert torch.load(file, weights_only=True)["meta"]["config"] == meta["config"]
+
+
+def test_weights_for_a_recipe_with_one_class_more(photos, tmp_path):
+    assert run("--data", photos / "plain", *SHORT, "--epochs", 1, "--out", tmp_path) == 0
+    [file] = tmp_path.rglob("model.pt")
+    assert run("--data", photos / "plain", *SHORT, "--epochs", 1, "--out", tmp_path / "more", "--weights", file, "--recipe", "edda",
+               "--set", "drop_target=extra", "--set", "start=0.0") == 0
+    [file] = (tmp_path / "more").rglob("model.pt")
+    assert load_model("plain_cnn", file).classes == ["bright", "dark", "nothing"]
+
+
+def test_a_model_with_too_few_outputs():
+    for config, outputs in ((BASE, 2), (replace(BASE, recipe="edda", options={"drop_target": "extra"}), 3)):
+        with pytest.raises(ValueError, match=f"the model has {outputs} outputs, and the images 3 classes.*give it a classifier"):
+            fit(config, toy(), model=small_net(outputs), classes=["a", "b", "c"])
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -567,7 +656,7 @@ def test_command_with_a_recipe_and_its_options(photos, tmp_path, capsys):
     [file] = tmp_path.rglob("model.pt")
     meta = torch.load(file, weights_only=True)["meta"]
     assert meta["config"]["options"] == {"tau": 0.25, "method": "hirescam", "start": 0}
-    assert meta["command"].endswith('--set tau=0.25 --set method="hirescam" --set start=0')
+    assert meta["command"].endswith('--set tau=0.25 --set method=hirescam --set start=0')
     table = pd.read_csv(file.parent / "log.csv")
     assert table.part.tolist() == ["encoder", "classifier"] * 2 and table.accepted.notna().tolist() == [True, False] * 2
     with pytest.raises(ValueError, match="no option 'taus'.*did you mean tau"):

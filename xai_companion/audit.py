@@ -44,13 +44,7 @@ class Setting:
     def load(self, positions: range) -> Units:
         "Some images, with the labels as the model counts them"
         dtype = next(self.model.parameters(), torch.empty(0)).dtype
-        try:
-            units = load_units(self.data, self.order, positions, self.size, self.device, dtype)
-        except RuntimeError as error:
-            if "stack expects" not in str(error):
-                raise
-            raise ValueError("the images have different sizes: give the side in pixels that the model takes, "
-                             "with size (--size)") from None
+        units = load_units(self.data, self.order, positions, self.size, self.device, dtype)
         for fact in units.facts:
             fact["label"] = self.outputs[fact["label"]] if self.outputs else fact["label"]
         return units

@@ -52,12 +52,22 @@ def _digest(tensors):
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:8]
 
+def _code_digest(parts, *lines):
+    "Eight hexadecimal digits that depend on the source of functions or classes, and on lines of text"
+    lines = [*lines]
+    for part in parts:
+        with suppress(OSError, TypeError):  # code without a file
+            lines.append(inspect.getsource(part))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
 def describe(explainer: Explainer) -> dict:
-    "The name and the options of an explainer, as JSON values"
+    "The name and the options of an explainer, as JSON values; of your own class also what its code is"
     options = {k: v for k, v in vars(explainer).items() if k not in ("model", "layers", "chunk") and not k.startswith("_")}
     if explainer.layers is not None:
         options["layers"] = list(find_layers(explainer.model, explainer.layers))
-    named = {"method": explainer.name or type(explainer).__name__, "version": getattr(explainer, "version", 1)}
+    named = {"method": explainer.name or type(explainer).__name__, "version": explainer.version}
+    if not type(explainer).__module__.startswith("xai_companion."):
+        named["code"] = _code_digest([type(explainer)])
     return named | {k: _plain(v) for k, v in options.items()}
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -67,11 +77,8 @@ def model_fingerprint(model: nn.Module) -> str:
 def _structure(model):
     "Eight hexadecimal digits that depend on the modules, their options and the code of their forward passes"
     model = plain_module(model)
-    lines = [re.sub(r" at 0x\w+", "", str(model))]
-    for forward in dict.fromkeys(getattr(m.forward, "__func__", m.forward) for m in model.modules()):
-        with suppress(OSError, TypeError):  # code without a file
-            lines.append(inspect.getsource(forward))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+    forwards = dict.fromkeys(getattr(m.forward, "__func__", m.forward) for m in model.modules())
+    return _code_digest(forwards, re.sub(r" at 0x\w+", "", str(model)))
 
 # %% ../nbs/50_evaluate.ipynb #d20dbcae
 def seeded_order(count: int,  # images in the set
@@ -117,8 +124,8 @@ def load_units(data: ImageSet,
         return Units(torch.empty(0), torch.empty(0, dtype=torch.long), [], [])
     sizes = sorted({tuple(image.shape[1:]) for image in images})
     if len(sizes) > 1:
-        raise ValueError(f"the images have different sizes, such as {sizes[0]} and {sizes[-1]} pixels: give size=..., the side that "
-                         "the model takes")
+        raise ValueError(f"the images have different sizes, such as {sizes[0]} and {sizes[-1]} pixels: give size=... (--size), the side "
+                         "that the model takes")
     return Units(torch.stack(images).to(device, dtype), torch.tensor(target, device=device), masks, facts)
 
 # %% ../nbs/50_evaluate.ipynb #b0f3671a
@@ -244,6 +251,9 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
         raise ValueError(f"budget must be above 0 seconds, got {budget}")
     check_score(score)
     folder = None if folder is None else Path(folder)
+    if folder is not None and not data.fingerprint:
+        raise ValueError(f"{data.name}: a set without a fingerprint, so what is kept in {folder} could be of other images: give it a "
+                         "property `fingerprint`, or no folder")
     if folder is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several processes meet in a folder: give folder=..., which all of them can write to")
     rank, world = processes(device)
@@ -261,6 +271,9 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
             torch.distributed.barrier()
             for ledger in ledgers.values():
                 ledger.read()
+            if any(_is_left(ledger, positions, budget) for ledger in ledgers.values() for positions in batches):
+                raise RuntimeError(f"not all batches are in {folder}: the processes have different models (random weights without a "
+                                   "seed?), or do not see the same folder")
     return pd.concat([_frame(label, ledger, batches) for label, ledger in ledgers.items()], ignore_index=True)
 
 # %% ../nbs/50_evaluate.ipynb #466588dd
@@ -309,13 +322,14 @@ def summary(frame: pd.DataFrame  # from `evaluate`
     "A line per explainer, a column per metric: mean ± half of the 95 % interval"
     lines = {}
     for label, own in frame.groupby("explainer", sort=False):
-        own, count = own.groupby("position").mean(numeric_only=True), own.position.nunique()
-        cells = {}
+        own, cells, counts = own.groupby("position").mean(numeric_only=True), {}, set()
         for name, metric in METRICS.items():
             if name in own:
                 head = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
                 cells[head] = _with_interval(metric.scale * own[name].dropna(), 1 if metric.unit else 3)
-        lines[label] = cells | {"seconds": f"{own.seconds.mean():.2g}", "n": str(count)}
+                counts.add(int(own[name].count()))
+        n = " to ".join(map(str, sorted({min(counts), max(counts)} if counts else {len(own)})))
+        lines[label] = cells | {"seconds": f"{own.seconds.mean():.2g}", "n": n}
     return Table(list(lines.values()), index=list(lines))
 
 # %% ../nbs/50_evaluate.ipynb #c6f65664

@@ -9,7 +9,6 @@ __all__ = ['TEST_PARTS', 'SCORES', 'COST', 'Lab', 'creatures_lab', 'real_lab', '
 
 # %% ../nbs/52_experiments.ipynb #bd22fa0d
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +24,7 @@ from .data.datasets import load_dataset
 from .data.loader import Streamed, as_bytes
 from .data.synthetic import CLASSES, Synthetic
 from .evaluate import measure, seeded_order
-from .explain import get_explainer
+from .explain import EXPLAINERS, get_explainer
 from .hooks import classifier_of, entering, evaluating
 from .metrics import METRICS, Metric, expected_calibration_error, temperature_scaling
 from .metrics.robustness import attacked_logits, fgsm
@@ -83,10 +82,11 @@ def real_lab(name: str,            # of `load_dataset`, one class per image
     back = len(order) // 20
     shown = torch.tensor(seeded_order(len(held)))
     items = [held[i] for i in shown[Streamed(held, size).labels[shown] < count][:test].tolist()]
+    masks = [item.mask() for item in items]
     own = f"{name}_{classes}" if classes else name
     return Lab((images[back:], labels[back:]), (images[:back], labels[:back]),
                torch.stack([item.image for item in items]), torch.tensor([item.label for item in items]),
-               [item.mask() for item in items], train.classes[:count], own, f"{train.fingerprint}, {len(order) - back} used")
+               [mask if mask is not None and mask.any() else None for mask in masks], train.classes[:count], own, f"{train.fingerprint}, {len(order) - back} used")
 
 TEST_PARTS = ("cifar10", "cifar100", "svhn")  # sets whose held-out part is called test
 
@@ -110,6 +110,8 @@ def explanation_scores(model: nn.Module,
                        ) -> dict:            # by metric: the mean, as tables print it
     "Quality of the explanations of a network"
     images, labels, masks = lab.images[:n], lab.labels[:n], lab.masks[:n]
+    if unknown := [m for m in metrics if METRICS[m].needs != "mask" and m not in ("drop", "increase", "insertion", "deletion")]:
+        raise ValueError(f"no {', '.join(unknown)} here: `evaluate` measures that")
     explain = get_explainer(explainer)(model, **options).attribute
     groups = (([m for m in metrics if METRICS[m].needs == "mask"], labels, {}),
               ([m for m in metrics if m in ("drop", "increase")], logits_of(model, images).argmax(1), {"fill": fill}),
@@ -212,8 +214,9 @@ def trained(config: Config,
     return run.model, run.log
 
 def _score_file(folder, config, lab, row, version):
-    "Where the scores of a run are kept"
-    return folder / config.name / f"scores-{record_key({'version': version, 'row': row, 'test': len(lab.labels)})}.json"
+    "Where the scores of a run are kept: they change with any explainer"
+    about = {"version": version, "row": row, "test": len(lab.labels), "explainers": {n: e.version for n, e in EXPLAINERS.items()}}
+    return folder / config.name / f"scores-{record_key(about)}.json"
 
 def _arithmetic(config, device):
     "In what a network is trained, and measured"
@@ -222,9 +225,8 @@ def _arithmetic(config, device):
 def _train_and_measure(row, config, lab, scores, file, folder, device):
     "One run and its scores, unless they are there"
     if not file.is_file():
-        start = time.perf_counter()
         model, log = trained(config, lab, folder, device)
-        about = {"row": row, "seed": config.seed, "seconds": time.perf_counter() - start, "dtype": _arithmetic(config, device)}
+        about = {"row": row, "seed": config.seed, "seconds": log[-1]["seconds"], "dtype": _arithmetic(config, device)}
         write_whole(file, json.dumps(about | scores(model, row)).encode())
     return json.loads(file.read_text())
 
@@ -274,6 +276,7 @@ def store_rows(frame: pd.DataFrame,  # from `run_rows`
                table: str,
                scores,               # names in `SCORES`: the columns of the table
                lab: Lab,
+               fewer: dict | None = None,  # by score: on how many of the test images it was measured, if not on all
                **config):            # further entries of the config
     "Store one number per row, score and seed"
     made = []
@@ -281,7 +284,8 @@ def store_rows(frame: pd.DataFrame,  # from `run_rows`
         for name in scores:
             if name in line and line[name] == line[name]:
                 entry = {"row": line["row"], "metric": SCORES[name].label, **config}
-                made.append(record(entry, value=line[name], unit=SCORES[name].unit, n=len(lab.labels), seed=int(line["seed"]),
+                n = min((fewer or {}).get(name, len(lab.labels)), len(lab.labels))
+                made.append(record(entry, value=line[name], unit=SCORES[name].unit, n=n, seed=int(line["seed"]),
                                    seconds=line["seconds"] if name == scores[0] else None, data=lab.fingerprint, dtype=line["dtype"],
                                    device=lab.images.device))
     save(paper, table, made)

@@ -7,6 +7,7 @@ __all__ = ['OPTIONS', 'CHOICES', 'read_data', 'add_train', 'start_model', 'run_t
 
 # %% ../../nbs/67c_commands.train.ipynb #ff5e68c3
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -73,6 +74,7 @@ def read_data(name: str,              # of a set, or a folder
               ) -> dict:              # "train", "val", perhaps "test": (images, labels); classes, name and fingerprint
     "The images of a run as tensors, and what they are"
     from xai_companion.data.datasets import load_dataset
+    from xai_companion.data.readers import has_classes
     from xai_companion.train.tensors import to_tensors
     if Path(name).is_dir():
         name, root = "imagefolder", name
@@ -81,8 +83,8 @@ def read_data(name: str,              # of a set, or a folder
     drawn = {"n": count} if count and name == "synthetic" else {}
     parts = {"train": "train"} | ({"test": "test"} if test else {})
     if name == "imagefolder":
-        parts["train"] = "train" if (Path(root or "") / "train").is_dir() else "all"
-    if parts["train"] == "train":
+        parts["train"] = "train" if has_classes(Path(root or "") / "train") else "all"
+    if name != "imagefolder" or (parts["train"] == "train" and has_classes(Path(root or "") / "val")):
         parts["val"] = "val"
     sets = {part: _checked(load_dataset(name, split, root=root, size=size, **(drawn if part == "train" else {})))
             for part, split in parts.items()}
@@ -202,9 +204,11 @@ def _written(args, config) -> str:
     own = asdict(Config())
     words = [f"--{k.replace('_', '-')} {v}" for k, v in asdict(config).items() if k in OPTIONS and k not in ("recipe", "model")
              and v != own[k]]
-    words += [f"--set {k}={json.dumps(v)}" for k, v in config.options.items()]
+    for k, v in config.options.items():
+        plain = f"{k}={v}"  # as text, where it is read as text
+        words.append("--set " + shlex.quote(plain if _pair(plain) == (k, v) else f"{k}={json.dumps(v)}"))
     words += [f"--images {args.images}"] * (args.images is not None)
-    words += ["--no-flip"] * args.no_flip + ["--test"] * args.test
+    words += ["--no-flip"] * (not config.flip) + ["--test"] * args.test
     words += [f"--weights {Path(args.weights).name}"] if args.weights else []
     start = f"xai-companion train --recipe {config.recipe} --data {config.data} --model {config.model}"
     return " ".join([start, *words])
@@ -226,7 +230,8 @@ def _trial(args, config) -> nn.Module:
 def _trained(args, config, data, folder):
     "The run"
     from xai_companion.train.loop import fit
-    model = args.weights and start_model(config.model, args.weights, data["classes"], config.seed)
+    classes = [*data["classes"], *get_recipe(config.recipe).extra_classes(config.options)]
+    model = args.weights and start_model(config.model, args.weights, classes, config.seed)
     return fit(config, data["train"], data["val"], model, data["classes"], folder, args.device, not args.fresh,
                workers=args.workers, compiled=args.compile)
 

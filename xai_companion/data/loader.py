@@ -73,6 +73,13 @@ def _checked(index: Tensor, count: int) -> Tensor:
         raise ValueError(f"a batch asks for the images {index.min()} to {index.max()}, the set has 0 to {count - 1}")
     return index.long()
 
+def _some(count):
+    "Up to 64 places in a set, evenly spread"
+    return torch.linspace(0, count - 1, min(count, 64)).round().long()
+
+def _digest(images, labels):
+    return sha256(b"".join(part.cpu().contiguous().numpy().tobytes() for part in (images, labels))).hexdigest()[:8]
+
 class Resident:
     "A set that lies on the device: a batch is one indexing operation"
     def __init__(self,
@@ -89,6 +96,11 @@ class Resident:
 
     def __len__(self):
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        "Eight hexadecimal digits for what the set is: every label, and some of the images"
+        return _digest(self.images[_some(len(self)).to(self.device)], self.labels)
 
     def batches(self,
                 order: Iterable[Tensor],  # the indices (n,) of each batch
@@ -150,6 +162,11 @@ class Streamed:
             return torch.tensor([label for (label,) in self.source.targets], device=self.device)
         parts = torch.arange(len(self)).split(250)
         return torch.cat([read_items(self.source, part.tolist(), self.size)[1] for part in parts]).to(self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        "That of `Resident` for the same images"
+        return _digest(read_items(self.source, _some(len(self)).tolist(), self.size)[0], self.labels)
 
     def batches(self,
                 order: Iterable[Tensor],  # the indices (n,) of each batch

@@ -107,6 +107,7 @@ class Explainer:
     "Base of all explainers: give a subclass a name and the method `compute`"
     name = None   # set by the class statement: class MyCAM(Explainer, name="mycam")
     seed = 0      # the random methods draw the same numbers for every image
+    version = 1   # raised when the maps change: what was kept of the older ones is no longer used
 
     def __init_subclass__(cls, name=None, **kwargs):
         super().__init_subclass__(**kwargs)

@@ -34,7 +34,7 @@ def save_run(run, folder: Path):
         raise RuntimeError(f"the loss or the weights are no longer finite after step {run.done}: take a lower lr or a "
                            "longer warm-up. The last checkpoint is from before and intact.")
     write_whole(folder / "checkpoint.pt", packed({
-        "format": 2, "config": asdict(run.config), "done": run.done, "seconds": run.seconds, "sums": run.sums,
+        "format": 2, "config": asdict(run.config), "images": run.data.fingerprint, "done": run.done, "seconds": run.seconds, "sums": run.sums,
         "log": run.log, "state_dict": weights, "recipe": run.recipe.state(), "meta": describe(run),
         "optimizers": {part: optimizer.state_dict() for part, optimizer in run.optimizers.items()}}))
     write_log(folder / "log.csv", run.log)
@@ -48,6 +48,7 @@ def restore_run(run, folder: Path):
     stored = read_checkpoint(file)
     before, own = stored["config"], asdict(run.config)
     other = [f"{k} {before.get(k)!r} there, {v!r} here" for k, v in own.items() if before.get(k) != v]
+    other += ["other training images"] * (stored.get("images", run.data.fingerprint) != run.data.fingerprint)
     if other:
         raise ValueError(f"{file} is of another run ({', '.join(other)}): name another folder, or start afresh "
                          "(--fresh, or resume=False), which overwrites it")

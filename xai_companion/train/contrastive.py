@@ -36,6 +36,7 @@ class SupCon(Recipe, name="supcon"):
     parts = ("encoder", "classifier")
     options = {"temperature": 0.1, "base_temperature": 0.07, "dim": 128, "views": "simclr", "classifier_views": "resized_crop",
                "classifier_lr": 0.1, "staged": False}
+    instead = "its options views and classifier_views say how images are changed"
 
     @classmethod
     def check(cls, options):

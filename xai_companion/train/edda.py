@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..core import autocasting
 from ..explain import get_explainer
 from ..hooks import classifier_of
-from .losses import DROP_TARGETS, edda_loss, gathered
+from .losses import DROP_TARGETS, drop_targets, edda_loss, gathered
 from .occlusion import CurrentMaps, MapCache, occlude, random_masks, salient
 from .recipes import Recipe, Views
 
@@ -63,6 +63,7 @@ class EDDA(Recipe, name="edda"):
     def check(cls, options):
         found = super().check(options)
         check_options(found)
+        drop_targets(torch.zeros(1).long(), 2, found["drop_target"], found["p"])
         if not isinstance(found["refresh"], int) or found["refresh"] < 0:
             raise ValueError(f"refresh is a number of epochs, or 0 for every step; got {found['refresh']!r}")
         return found
@@ -74,6 +75,7 @@ class EDDA(Recipe, name="edda"):
     def setup(self, model, count):
         if self.option["refresh"] and self.config.augmentation != "crop":
             raise ValueError("kept maps travel through the augmentation 'crop' only: take it, or refresh=0")
+        salient(torch.zeros(1, 1, self.config.size, self.config.size), self.option["tau"], self.option["share"])  # is there a pixel?
         self.maps = maps_of(model, self.config, self.option)
         self.cache = MapCache(count, self.config.size, next(model.parameters()).device) if self.option["refresh"] else None
 

@@ -26,8 +26,8 @@ from ..hooks import classifier_of, evaluating, unwrapped
 from ..masking import _is_out_of_memory
 from ..models import SMALL, load_model
 from .checkpoint import restore_run, save_run, save_weights
-from .files import COLUMNS
-from .processes import average_gradients, share_buffers
+from .files import COLUMNS, alone
+from .processes import average_gradients, check_same, share_buffers, share_weights, wait_for_all
 from .recipes import Batch, Config, Moment, get_recipe
 from .tensors import check_classes, check_data, check_fits, check_trainable, to_tensors
 
@@ -178,14 +178,14 @@ class Run:
 
 # %% ../../nbs/43_train.loop.ipynb #79866abc
 @contextmanager
-def explained(run: Run, folder: Path | None):
+def explained(run: Run, folder: Path | None, resume: bool = True):
     "Say where the run stands when it is stopped, and what to do about too little memory"
     try:
         yield
     except KeyboardInterrupt:
         file, kept = folder and folder / "checkpoint.pt", "nothing was saved"
         if file and file.is_file():
-            kept = f"{file} is intact, and the same command continues from it"
+            kept = f"{file} is intact, and the same command continues from it" + (not resume) * " without --fresh (with resume=True)"
         raise KeyboardInterrupt(f"stopped after step {run.done} of {run.steps}: {kept}") from None
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -236,11 +236,14 @@ def prepare(config: Config, train, val, model, classes, device, workers=None) ->
     if not isinstance(train, Streamed):
         train = check_data(*train, config.size, count)
     val = val and check_data(*val, config.size, count, "validation")
+    more = get_recipe(config.recipe).extra_classes(config.options)
     if model is None:
         with seeded(config.seed):
-            more = get_recipe(config.recipe).extra_classes(config.options)
             names = classes and [*classes, *more]
             model = load_model(config.model, None, count + len(more), config.model in SMALL and config.size <= 64, names)
+    elif classes and (outputs := classifier_of(model)[1].out_features) < count + len(more):
+        raise ValueError(f"the model has {outputs} outputs, and the images {count} classes"
+                         + (f", with one more for {', '.join(more)!r}" if more else "") + ": give it a classifier with as many")
     check_trainable(model, labels, min(config.batch, len(labels)))
     if device.type != "cpu":
         check_fits((len(labels) if workers is None else 0) + (len(val[1]) if val else 0), config.size, device)
@@ -268,14 +271,26 @@ def fit(config: Config,
     processes(device)
     run = prepare(config, train, val, model, classes, device, workers)
     check_classes(run.data.labels, classes or [])
-    if folder and resume:
-        restore_run(run, folder)
-    with explained(run, folder), compiling(run.model, compiled):
-        _steps(run, folder if run.rank == 0 else None, every)
-    run.model.eval()
-    if folder and run.rank == 0:
-        save_weights(run, folder / "model.pt")
+    share_weights(run.model)
+    own = folder if run.rank == 0 else None
+    with alone(own):
+        if folder:
+            _begin(run, folder, resume)
+        with explained(run, folder, resume), compiling(run.model, compiled):
+            _steps(run, own, every)
+        run.model.eval()
+        if own:
+            save_weights(run, own / "model.pt")
     return run
+
+def _begin(run: Run, folder: Path, resume: bool):
+    "Continue from the checkpoint, or remove it"
+    wait_for_all()  # till the first one has the folder for itself
+    if resume:
+        restore_run(run, folder)
+    elif run.rank == 0:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+    check_same(run.done, "the number of finished steps", run.device)
 
 def _steps(run: Run, folder: Path | None, every: float):
     "Train from where the run stands to its end"

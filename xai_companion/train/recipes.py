@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 # %% ../../nbs/42_train.recipes.ipynb #8555bfde
 from ..data.augment import AUGMENTATIONS, augmented
+from ..explain import get_explainer
 from ..explain.base import check_counts
 from ..records import record_key
 
@@ -51,8 +52,10 @@ class Config:
     @property
     def key(self) -> str:
         "12 hexadecimal digits that stand for this config"
-        settings = {k: v for k, v in asdict(self).items() if k != "seed"}
-        return record_key(settings | {"version": get_recipe(self.recipe).version}, self.seed)
+        settings, recipe = {k: v for k, v in asdict(self).items() if k != "seed"}, get_recipe(self.recipe)
+        method = recipe.check(self.options).get("method")
+        versions = {"version": recipe.version} | ({"explainer": get_explainer(method).version} if method else {})
+        return record_key(settings | versions, self.seed)
 
     @property
     def name(self) -> str:
@@ -73,6 +76,8 @@ def check_config(config: "Config"  # to be checked
     for name, known in (("optimizer", OPTIMIZERS), ("dtype", DTYPES), ("augmentation", tuple(AUGMENTATIONS))):
         if getattr(config, name) not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(config, name)!r}")
+    if config.augmentation != "crop" and (instead := get_recipe(config.recipe).instead):
+        raise ValueError(f"the recipe {config.recipe} makes no use of augmentation={config.augmentation!r}: {instead}")
     if config.pad is not None and not 0 <= config.pad <= config.size:
         raise ValueError(f"pad must lie between 0 and the size of the images ({config.size}), got {config.pad!r}")
 
@@ -131,6 +136,7 @@ class Recipe:
     staged = False     # all epochs of the first part before the second one?
     notes = ()         # names of the recipe's own columns in the log
     head = None        # a network that learns beside the model and is not needed after it
+    instead = ""       # where the config's `augmentation` means nothing: what says how images are changed
 
     def __init_subclass__(cls, name=None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -219,6 +225,7 @@ class CrossEntropy(Recipe, name="ce"):
 # %% ../../nbs/42_train.recipes.ipynb #4cc12d3b
 class Cutout(CrossEntropy, name="cutout"):
     "Cross-entropy on views with a random square hidden"
+    instead = "it hides a square in random crops, always"
     def views(self, model, batch, moment, generator):
         [view] = self.augmented(batch.images, generator, "cutout")
         return Views(view, batch.labels)
