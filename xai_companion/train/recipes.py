@@ -54,7 +54,8 @@ class Config:
         "12 hexadecimal digits that stand for this config"
         settings, recipe = {k: v for k, v in asdict(self).items() if k != "seed"}, get_recipe(self.recipe)
         method = recipe.check(self.options).get("method")
-        versions = {"version": recipe.version} | ({"explainer": get_explainer(method).version} if method else {})
+        explainer = get_explainer(method).version if method else 1
+        versions = {"version": recipe.version} | ({"explainer": explainer} if explainer > 1 else {})
         return record_key(settings | versions, self.seed)
 
     @property
