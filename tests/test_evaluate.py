@@ -115,6 +115,7 @@ def test_two_processes_give_the_table_of_one(network, tmp_path):
         pd.testing.assert_frame_equal(without_time(frame)[list(without_time(one))], without_time(one), check_dtype=False)
 
 
+@pytest.mark.slow
 def test_two_processes_with_different_networks_are_told(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("network = trap_network()", "network = trap_network()\n"
