@@ -140,7 +140,7 @@ def code_cell(cell, page, folder, alt):
                 metadata["mystnb"] = {"image": {"width": f"{size['width']}px", "alt": alt}}
         data = output.get("data", {})
         for kind in data.keys() & {"text/markdown", "text/html"}:  # a number and its interval stay on one line
-            data[kind] = "".join(data[kind]).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+            data[kind] = re.sub(r"(?<=\d) (±|to) (?=\d)", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", "".join(data[kind]))
         if "text/markdown" in data:
             data["text/markdown"] = to_myst(data["text/markdown"], page, folder)
     cell.remove_directives()
