@@ -1,6 +1,7 @@
 """The evaluation: equal to a naive loop, to itself after an interruption, and to itself on two processes."""
 import importlib.util
 import json
+import linecache
 import os
 import signal
 import subprocess
@@ -145,6 +146,17 @@ def test_changed_code_of_ones_own_explainer_starts_anew(network, tmp_path):
     first, changed = own("super().compute(*a)"), own("super().compute(*a) ** 3")
     assert not first.equals(changed) and own("super().compute(*a)").equals(first)
     assert "code" not in describe(GradCAM(network))
+
+
+def test_changed_code_in_a_notebook_starts_anew(network, monkeypatch):
+    "There a class has no file, and its functions have the lines of their cell"
+    def own(body):
+        cell = f"class Own(GradCAM):\n    def compute(self, *a):\n        return {body}\n"
+        monkeypatch.setitem(linecache.cache, f"<cell {body}>", (len(cell), None, cell.splitlines(True), f"<cell {body}>"))
+        names = {"GradCAM": GradCAM, "__name__": "__main__"}
+        exec(compile(cell, f"<cell {body}>", "exec"), names)
+        return describe(names["Own"](network))["code"]
+    assert own("0") == own("0") != own("1")
 
 
 def test_summary_counts_what_was_measured(network):

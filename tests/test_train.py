@@ -40,7 +40,7 @@ from xai_companion.train import (
     to_tensors,
 )
 from xai_companion.train.checkpoint import save_weights
-from xai_companion.train.files import COLUMNS, write_whole
+from xai_companion.train.files import COLUMNS, alone, write_whole
 from xai_companion.train.loop import prepare
 from xai_companion.train.recipes import CrossEntropy, Views
 
@@ -318,11 +318,13 @@ def test_a_run_goes_on_with_its_own_images_only(tmp_path, other):
 
 
 def test_the_second_process_in_a_folder_waits(tmp_path, undisturbed):
-    "Two at once: one trains, the other one finds the work done, and no file is lost"
-    both = [start(tmp_path / "shared") for _ in range(2)]
-    said = [process.communicate(timeout=240)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert sum("waiting for its end" in text for text in said) == 1
+    with alone(tmp_path / "shared"):
+        process = start(tmp_path / "shared")
+        assert any("waiting for its end" in line for line in process.stderr)
+        time.sleep(0.5)
+        assert process.poll() is None and [f.name for f in (tmp_path / "shared").iterdir()] == [".lock"]
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
     a, b = (torch.load(folder / "model.pt", weights_only=True)["state_dict"] for folder in (undisturbed, tmp_path / "shared"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 

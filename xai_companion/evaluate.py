@@ -53,7 +53,7 @@ def _digest(tensors):
     return digest.hexdigest()[:8]
 
 def _code_digest(parts, *lines):
-    "Eight hexadecimal digits that depend on the source of functions or classes, and on lines of text"
+    "Eight hexadecimal digits that depend on the source of functions, and on lines of text"
     lines = [*lines]
     for part in parts:
         with suppress(OSError, TypeError):  # code without a file
@@ -66,9 +66,9 @@ def describe(explainer: Explainer) -> dict:
     if explainer.layers is not None:
         options["layers"] = list(find_layers(explainer.model, explainer.layers))
     named = {"method": explainer.name or type(explainer).__name__, "version": explainer.version}
-    if not type(explainer).__module__.startswith("xai_companion."):
-        named["code"] = _code_digest([type(explainer)])
-    return named | {k: _plain(v) for k, v in options.items()}
+    own = [part for kind in type(explainer).__mro__ if not kind.__module__.startswith("xai_companion.")
+           for part in vars(kind).values() if inspect.isfunction(part)]
+    return named | ({"code": _code_digest(own)} if own else {}) | {k: _plain(v) for k, v in options.items()}
 
 def model_fingerprint(model: nn.Module) -> str:
     "Eight hexadecimal digits that depend on every weight, and on mean and standard deviation"

@@ -227,6 +227,7 @@ class CrossEntropy(Recipe, name="ce"):
 class Cutout(CrossEntropy, name="cutout"):
     "Cross-entropy on views with a random square hidden"
     instead = "it hides a square in random crops, always"
+
     def views(self, model, batch, moment, generator):
         [view] = self.augmented(batch.images, generator, "cutout")
         return Views(view, batch.labels)
