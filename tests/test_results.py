@@ -162,7 +162,7 @@ def test_a_notebook_stores_a_table_once(monkeypatch):
 
 TABLES = {function.__name__: function for function in (
     show, results.grid, results.provenance, verdicts.claims, verdicts.comparisons, overview.claims_overview, overview.claim_details,
-    overview.settings_overview, overview.headlines, printed.printed, printed.grids)}
+    overview.settings_overview, overview.headlines, overview.not_run, printed.printed, printed.grids)}
 FORMS = {"text/plain": lambda shown: shown._in_short() if isinstance(shown, results.Table) else repr(shown),
          "text/html": lambda table: table._repr_html_(), "text/markdown": lambda table: table._repr_markdown_()}
 MINIATURES = {"02_results", "02a_verdicts", "02b_overview"}  # these notebooks make results for themselves

@@ -18,6 +18,7 @@ from xai_companion.overview import (
     claims_overview,
     clarity,
     headlines,
+    not_run,
     place,
     plain_answer,
     settings_overview,
@@ -220,8 +221,10 @@ def test_clarity_above_one_is_decided(three_settings):
 
 
 def test_units():
-    assert unit_of("edda", {"unit": "points"}) == unit_of("excon", {"unit": ""}) == "seeds"
-    assert unit_of("sise", {"unit": "points"}) == "images" and unit_of("ada_sise", {"unit": "% of the time"}) == "batches"
+    quality, pairs = ({"unit": "points", "config": {"metric": metric}} for metric in ("EBPG", "EBPG, large minus small"))
+    assert unit_of("edda", quality) == unit_of("excon", quality) == "seeds"
+    assert unit_of("sise", quality) == "images" and unit_of("sise", pairs) == "pairs"
+    assert unit_of("ada_sise", {"unit": "% of the time"}) == "batches"
 
 
 def test_settings(three_settings):
@@ -251,8 +254,7 @@ def test_figure(three_settings):
 
 
 def test_headlines_come_with_their_records(quick, monkeypatch):
-    notice = "not run yet: `xai-companion reproduce --profile {} --record`"
-    assert headlines().command.tolist() == [notice.format("gpu"), notice.format("paper")]
+    assert all(headlines(paper).empty for paper in HEADLINES) and list(not_run().index) == ["quick", "cpu", "gpu", "paper"]
     row = {"row": "ExCon", "metric": "Accuracy"}
     for profile in ("quick", "gpu"):
         monkeypatch.setenv("XAI_COMPANION_PROFILE", profile)
@@ -260,23 +262,34 @@ def test_headlines_come_with_their_records(quick, monkeypatch):
         save("excon", "accuracy", [record(row | {"data": "synthetic"}, 60.0, "%", n=500)])
     tiny = row | {"data": "tiny_imagenet", "model": "resnet18"}
     save("excon", "accuracy", [record(tiny, 50.0, "%", n=2000), record(tiny | {"data": "tiny_imagenet_50"}, 70.0, "%", n=1000)])
-    save("ada_sise", "quality_plain", [record({"row": "SISE", "metric": "time", "testbed": "A"}, values=[0.1, 0.3], unit="s")])
-    table = headlines()
-    assert list(table.index) == ["SISE: time, A", "ExCon: Accuracy, plain CNN, creatures",
-                                 "ExCon: Accuracy, ResNet-18, Tiny ImageNet at 64 pixels", "the paper profile"]
-    assert table.command.tolist() == ["gpu: `run gpu`", "quick: `run quick`, gpu: `run gpu`", "gpu: `run gpu`", notice.format("paper")]
-    assert table["quick"].tolist() == ["-", "60 (n=500)", "-", "-"] and table["gpu"].iloc[2] == "50 (n=2000)"
-    assert table["gpu"].iloc[0].endswith(f"(n=2, {hardware()})")
+    made = record({"row": "SISE", "metric": "time", "testbed": "A"}, values=[0.1, 0.3], unit="s")
+    save("ada_sise", "quality_plain", [made])
+    table = headlines("excon")
+    assert list(table.index) == ["Accuracy (%), plain CNN, creatures"] * 2 + ["Accuracy (%), ResNet-18, Tiny ImageNet at 64 pixels"]
+    assert table[["profile", "ExCon", "n", "command"]].to_numpy().tolist() == [
+        ["quick", "60", "n=500", "`run quick`"], ["gpu", "60", "n=500", "`run gpu`"], ["gpu", "50", "n=2000", "`run gpu`"]]
+    assert set(table.SupCon) == {"-"}
+    assert headlines("ada_sise").loc["time (s), A", "n"] == f"n=2, {hardware()}"
+    assert not_run().command.to_dict() == {profile: f"`xai-companion reproduce --profile {profile} --record`" for profile in ("cpu", "paper")}
 
 
-def test_a_headline_is_one_row_of_its_table():
+def test_methods_of_a_headline_have_their_own_n(quick):
+    rows = [record({"row": row, "metric": "Drop", "testbed": "A"}, 1.0, "%", n=n) for row, n in (("SISE", 8), ("Grad-CAM", 9))]
+    save("sise", "quality_imagenet", rows)
+    assert headlines("sise").n.tolist() == ["n=9, n=8"], "in the order of the columns"
+
+
+def test_a_method_of_a_headline_is_one_row_of_its_table():
     found = Counter()
-    for paper, table, metric, rows, fixed, _ in HEADLINES:
-        for profile, records in load(paper, table, PAPERS.parents[1] / "results").items():
-            configs = {canonical(r["config"]) for r in records if {"metric": metric}.items() | fixed.items() <= (r["config"] | {"n": r["n"]}).items()
-                       and r["config"]["row"] in rows}
-            assert len(configs) in (0, len(rows)), (paper, table, profile)
-            found[profile] += len(configs)
+    for paper, lines in HEADLINES.items():
+        for table, metric, methods, fixed, _ in lines:
+            for profile, records in load(paper, table, PAPERS.parents[1] / "results").items():
+                configs = [{k: v for k, v in r["config"].items() if k != "version"} for r in records
+                           if {"metric": metric}.items() | fixed.items() <= r["config"].items()]
+                for method in methods:
+                    own = {canonical(config) for config in configs if config["row"] == method}
+                    assert len(own) < 2, (paper, table, profile, method)
+                    found[profile] += len(own)
     assert found["quick"] >= 20 and found["cpu"] >= 26
 
 

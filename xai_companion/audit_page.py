@@ -128,6 +128,7 @@ def calibration_part(audit: Found) -> Markup:
         id="calibration",
     )
 
+# %% ../nbs/59c_audit_page.ipynb #b05c3619
 def classes_part(audit: Found) -> Markup:
     "A line per class"
     def line(row):
@@ -218,6 +219,7 @@ def outcome_part(audit: Found) -> Markup:
         id="outcome",
     )
 
+# %% ../nbs/59c_audit_page.ipynb #d27e583b
 def outside_part(audit: Found) -> Markup:
     "Explanations that avoid the object"
     some = find.outside(audit.facts)

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['TITLES', 'PLACES', 'VERDICTS', 'SIDES', 'WORDS', 'SHADES', 'CAMS', 'TRAINED', 'CONTRAST', 'DRAWN', 'TWENTY', 'FIFTY',
            'WHOLE', 'HEADLINES', 'place', 'LinkedTable', 'unit_of', 'claims_overview', 'clarity', 'claim_details',
-           'settings_overview', 'plain_answer', 'claims_figure', 'headlines']
+           'settings_overview', 'plain_answer', 'claims_figure', 'headlines', 'not_run']
 
 # %% ../nbs/02b_overview.ipynb #68d45990
 import math
 from collections import Counter
-from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -66,7 +65,9 @@ def unit_of(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
             r: dict      # one of its comparisons
             ) -> str:
     "What the n of a comparison counts"
-    return "seeds" if paper in ("edda", "excon") else "batches" if r["unit"] == "% of the time" else "images"
+    if paper in ("edda", "excon"):
+        return "seeds"
+    return "batches" if r["unit"] == "% of the time" else "pairs" if "large minus small" in r["config"]["metric"] else "images"
 
 def _counted(paper, records):
     "How many of each unit there are"
@@ -210,51 +211,59 @@ def claims_figure(root: Path | None = None  # folder of the records; default: re
     return fig
 
 # %% ../nbs/02b_overview.ipynb #389733ae
-CAMS, TRAINED, CONTRAST = ("Grad-CAM", "SISE"), ("Cross-entropy", "Random occlusion", "EDDA"), ("Cross-entropy", "SupCon", "ExCon", "ExConB")
+CAMS, TRAINED = ("Grad-CAM", "SISE"), ("Cross-entropy", "Random occlusion", "EDDA")
+CONTRAST = ("Cross-entropy", "SupCon", "SupCon, clean view", "ExCon", "ExConB")
 DRAWN, TWENTY = "plain CNN, creatures", "plain CNN, 20 classes of Tiny ImageNet"
 FIFTY, WHOLE = "ResNet-18, 50 classes of Tiny ImageNet", "ResNet-18, Tiny ImageNet at 64 pixels"
-HEADLINES = (  # paper, table, metric, rows, what else is fixed, and where, unless the config names a testbed
-    ("sise", "quality_plain", "EBPG", CAMS, {}, None),
-    ("sise", "quality_tiny", "EBPG", CAMS, {}, None),
-    ("sise", "quality_tiny_resnet18", "EBPG", CAMS, {}, None),
-    ("sise", "quality_voc2007_resnet50", "EBPG", CAMS, {}, None),
-    ("sise", "quality_imagenet", "Drop", CAMS, {}, None),
-    ("ada_sise", "quality_plain", "time", ("SISE", "Ada-SISE"), {}, None),
-    ("integrated_gradcam", "quality_plain", "EBPG", ("Grad-CAM", "Integrated Grad-CAM"), {}, None),
-    ("integrated_gradcam", "quality_tiny_resnet18", "EBPG", ("Grad-CAM", "Integrated Grad-CAM"), {}, None),
-    *(("edda", table, metric, TRAINED, {"on": on}, where)
-      for on, where in (("plain CNN", DRAWN), ("ResNet-18", FIFTY), ("cifar10, resnet18", "ResNet-18, CIFAR-10"))
-      for table, metric in (("place", "Accuracy"), ("faithful", "Drop"), ("faithful", "Drop, blur"))),
-    *(("edda", table, metric, TRAINED, {"on": "plain CNN, photographs"}, TWENTY) for table, metric in (("place", "Accuracy"), ("faithful", "Drop"))),
-    ("excon", "accuracy", "Accuracy", CONTRAST, {"data": "synthetic"}, DRAWN),
-    ("excon", "accuracy", "Accuracy", (*CONTRAST, "SupCon, clean view"), {"data": "tiny_imagenet_20"}, TWENTY),
-    ("excon", "accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet", "model": "resnet18"}, WHOLE),
-    ("excon", "accuracy", "Accuracy", CONTRAST, {"data": "cifar100", "model": "resnet50"}, "ResNet-50, CIFAR-100"),
-    ("excon", "shift", "ECE, 15 bins, severity 3", CONTRAST[1:], {"data": "synthetic"}, DRAWN),
-)
+HEADLINES = {  # table, metric, methods, what else is fixed, and where, unless the config names a testbed
+    "sise": (("quality_plain", "EBPG", CAMS, {}, None),
+             ("quality_tiny", "EBPG", CAMS, {}, None),
+             ("quality_tiny_resnet18", "EBPG", CAMS, {}, None),
+             ("quality_voc2007_resnet50", "EBPG", CAMS, {}, None),
+             ("quality_imagenet", "Drop", CAMS, {}, None)),
+    "ada_sise": (("quality_plain", "time", ("SISE", "Ada-SISE"), {}, None),),
+    "integrated_gradcam": (("quality_plain", "EBPG", ("Grad-CAM", "Integrated Grad-CAM"), {}, None),
+                           ("quality_tiny_resnet18", "EBPG", ("Grad-CAM", "Integrated Grad-CAM"), {}, None)),
+    "edda": tuple((table, metric, TRAINED, {"on": on}, where)
+                  for on, where in (("plain CNN", DRAWN), ("plain CNN, photographs", TWENTY), ("ResNet-18", FIFTY),
+                                    ("cifar10, resnet18", "ResNet-18, CIFAR-10"))
+                  for table, metric in (("place", "Accuracy"), ("faithful", "Drop"), ("faithful", "Drop, blur"))),
+    "excon": (("accuracy", "Accuracy", CONTRAST, {"data": "synthetic"}, DRAWN),
+              ("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet_20"}, TWENTY),
+              ("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet", "model": "resnet18"}, WHOLE),
+              ("accuracy", "Accuracy", CONTRAST, {"data": "cifar100", "model": "resnet50"}, "ResNet-50, CIFAR-100"),
+              ("shift", "ECE, 15 bins, severity 3", CONTRAST[1:], {"data": "synthetic"}, DRAWN)),
+}
 
-def _short(records):
-    "Value, half of the interval, n, and the computer of a time"
-    computer = f", {records[0]['provenance']['hardware']}" if records[0]["unit"] in TIMES else ""
-    return f"{grid_cell(records)} ({summarize(records)[2]}{computer})"
+def _counts(rows):
+    "What the n of each row counts, and the computer of a time"
+    r = rows[0][0]
+    computer = [r["provenance"]["hardware"]] if r["unit"] in TIMES else []
+    return ", ".join(dict.fromkeys([summarize(records)[2] for records in rows] + computer))
 
-def headlines(links: str | None = None,  # folder of the paper pages, seen from the page that shows the table
-              root: Path | None = None   # folder of the records; default: results/
+def headlines(paper: str,               # sise, ada_sise, integrated_gradcam, edda or excon
+              root: Path | None = None  # folder of the records; default: results/
               ) -> pd.DataFrame:
-    "A few rows of the papers' tables: a column per stored profile, and the command of each"
-    lines = {}
-    for paper, table, metric, rows, fixed, where in HEADLINES:
-        for (profile, records), row in product(load(paper, table, root).items(), rows):
-            own = [r for r in records if {"row": row, "metric": metric}.items() | fixed.items() <= r["config"].items()]
-            if own:
-                page = f"[{TITLES[paper]}]({links}/{PLACES[paper][0]}.ipynb)" if links else TITLES[paper]
-                line = lines.setdefault((paper, f"{row}: {metric}, {own[0]['config'].get('testbed', where)}"), {"command": []})
-                line |= {"paper's page": page, "unit": own[0]["unit"], profile: _short(own)}
-                line["command"].append(f"{profile}: `{own[0]['provenance']['command']}`")
-    profiles = [profile for profile in PROFILES if any(profile in line for line in lines.values())]
-    for profile in ("gpu", "paper"):
-        if profile not in profiles:
-            lines["", f"the {profile} profile"] = {"command": [f"not run yet: `xai-companion reproduce --profile {profile} --record`"]}
-    columns = ["paper's page", "unit", *profiles, "command"]
-    return LinkedTable([[", ".join(line[c]) if c == "command" else line.get(c, "-") for c in columns] for line in lines.values()],
-                       index=pd.Index([name for _, name in lines], name="row: metric, data"), columns=columns)
+    "A few rows of a paper's tables: a line per metric and stored profile, a column per method, and the command"
+    names, lines = [], []
+    for table, metric, methods, fixed, where in HEADLINES[paper]:
+        for profile, records in load(paper, table, root).items():
+            own = [r for r in records if {"metric": metric}.items() | fixed.items() <= r["config"].items()]
+            found = {method: rows for method in methods if (rows := [r for r in own if r["config"]["row"] == method])}
+            if found:
+                r = next(iter(found.values()))[0]
+                names.append(f"{metric} ({r['unit']}), {r['config'].get('testbed', where)}")
+                lines.append({"profile": profile} | {method: grid_cell(rows) for method, rows in found.items()} | {
+                    "n": _counts(list(found.values())), "command": f"`{r['provenance']['command']}`"})
+    columns = ["profile", *dict.fromkeys(method for line in HEADLINES[paper] for method in line[2]), "n", "command"]
+    return LinkedTable([[line.get(c, "-") for c in columns] for line in lines],
+                       index=pd.Index(names, name="metric, data"), columns=columns)
+
+# %% ../nbs/02b_overview.ipynb #5b1d9e02
+def not_run(root: Path | None = None  # folder of the records; default: results/
+            ) -> pd.DataFrame:
+    "The profiles of which nothing is stored, and the command of each"
+    stored = {profile for paper, lines in HEADLINES.items() for table, *_ in lines for profile in load(paper, table, root)}
+    missing = [profile for profile in list(PROFILES)[1:] if profile not in stored]
+    return LinkedTable({"command": [f"`xai-companion reproduce --profile {profile} --record`" for profile in missing]},
+                       index=pd.Index(missing, name="profile not run yet"))

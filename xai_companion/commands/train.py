@@ -58,28 +58,17 @@ def _split_off(images, labels, seed, share=5):
     keep, back = order[:-count].sort()[0], order[-count:].sort()[0]
     return (images[keep], labels[keep]), (images[back], labels[back])
 
+# %% ../../nbs/67c_commands.train.ipynb #f490705d
 def _checked(source: ImageSet) -> ImageSet:
     "The set, if it has one class per image"
     if source.multi_label:
         raise ValueError(f"{source.name} has several classes per image: the recipes need sets with one")
     return source
 
-def read_data(name: str,              # of a set, or a folder
-              root: str | None,       # folder of the set; default: below the data root
-              size: int,              # side of the images in pixels
-              count: int | None,      # so many training images at most
-              seed: int,              # of the choice, where there is one
-              test: bool = False,     # also the test split
-              stream: bool = False,   # leave the training images where they are?
-              ) -> dict:              # "train", "val", perhaps "test": (images, labels); classes, name and fingerprint
-    "The images of a run as tensors, and what they are"
+def _sets(name, root, size, count, test) -> dict:
+    "The sets of a run by part, and with the same classes: train, val where there is one, and test where it is wanted"
     from xai_companion.data.datasets import load_dataset
     from xai_companion.data.readers import has_classes
-    from xai_companion.train.tensors import to_tensors
-    if Path(name).is_dir():
-        name, root = "imagefolder", name
-    if test:
-        _check_test(name, root)
     drawn = {"n": count} if count and name == "synthetic" else {}
     parts = {"train": "train"} | ({"test": "test"} if test else {})
     if name == "imagefolder":
@@ -93,6 +82,24 @@ def read_data(name: str,              # of a set, or a folder
         if source.classes != classes:
             raise ValueError(f"the classes of the parts differ: {part} has {', '.join(source.classes[:5])}, "
                              f"train has {', '.join(classes[:5])}")
+    return sets
+
+# %% ../../nbs/67c_commands.train.ipynb #16b2927f
+def read_data(name: str,              # of a set, or a folder
+              root: str | None,       # folder of the set; default: below the data root
+              size: int,              # side of the images in pixels
+              count: int | None,      # so many training images at most
+              seed: int,              # of the choice, where there is one
+              test: bool = False,     # also the test split
+              stream: bool = False,   # leave the training images where they are?
+              ) -> dict:              # "train", "val", perhaps "test": (images, labels); classes, name and fingerprint
+    "The images of a run as tensors, and what they are"
+    from xai_companion.train.tensors import to_tensors
+    if Path(name).is_dir():
+        name, root = "imagefolder", name
+    if test:
+        _check_test(name, root)
+    sets = _sets(name, root, size, count, test)
     if stream and ("val" not in sets or count):
         raise ValueError("images that are read batch by batch need a val folder beside train, and are taken all (no --images)")
     found = {part: source if stream and part == "train" else to_tensors(source, size) for part, source in sets.items()}
@@ -103,7 +110,7 @@ def read_data(name: str,              # of a set, or a folder
         found["train"] = tuple(t[some] for t in found["train"])
     used = len(found["train"] if stream else found["train"][1])
     what = f"{sets['train'].fingerprint}, {used} used" + ", by class" * (used < len(sets["train"]))
-    return found | {"count": used} | {"classes": classes, "name": name, "fingerprint": what}
+    return found | {"count": used, "classes": sets["train"].classes, "name": name, "fingerprint": what}
 
 # %% ../../nbs/67c_commands.train.ipynb #4eeb61cc
 OPTIONS = {  # a field of the config and what it is; the command has an option of the same name
@@ -213,6 +220,7 @@ def _written(args, config) -> str:
     start = f"xai-companion train --recipe {config.recipe} --data {config.data} --model {config.model}"
     return " ".join([start, *words])
 
+# %% ../../nbs/67c_commands.train.ipynb #38d4b491
 def _trial(args, config) -> nn.Module:
     "A network like the one to be trained; a mistake shows before images are read"
     check_numbers(args, "images")

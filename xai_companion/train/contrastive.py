@@ -31,6 +31,7 @@ class Projection(nn.Sequential):
                  ):
         super().__init__(nn.Linear(inside, inside), nn.ReLU(), nn.Linear(inside, out))
 
+# %% ../../nbs/42d_train.contrastive.ipynb #9e3a14f7
 class SupCon(Recipe, name="supcon"):
     "Supervised contrastive learning on two random views"
     parts = ("encoder", "classifier")

@@ -283,6 +283,7 @@ def fit(config: Config,
             save_weights(run, own / "model.pt")
     return run
 
+# %% ../../nbs/43_train.loop.ipynb #7c18f2d5
 def _begin(run: Run, folder: Path, resume: bool):
     "Continue from the checkpoint, or remove it"
     wait_for_all()  # till the first one has the folder for itself
