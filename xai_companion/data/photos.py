@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from ..core import by_profile
+
 # %% ../../nbs/03_data.photos.ipynb #0bd5ff97
 def _as_tensor(image: Image.Image) -> torch.Tensor:
     "A picture of any mode as float (3, H, W) in [0, 1]"
@@ -102,10 +104,11 @@ _PHOTOS = {  # name: file in skimage/data; left, top and side of the square, in 
 }
 PHOTO_NAMES = tuple(_PHOTOS)
 
-def photos(size: int = 224  # pixels per side
+def photos(size: int | None = None  # pixels per side; default: 224, in the smoke profile 64
            ) -> torch.Tensor:  # float32 (4, 3, size, size) in [0, 1], in the order of PHOTO_NAMES
     "The embedded photographs: a cat, a cup of coffee, a rocket and an astronaut"
     from skimage import data
+    size = by_profile(smoke=64, quick=224) if size is None else size
     folder = Path(data.__file__).parent
     squares = [TF.crop(load_image(folder / file, size=None), top, left, side, side) for file, left, top, side in _PHOTOS.values()]
     return torch.stack([_fit(square, size, crop=False) for square in squares])
