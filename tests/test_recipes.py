@@ -212,6 +212,14 @@ def test_other_class_is_another_one():
     assert all(set(others[labels == k].tolist()) == set(range(4)) - {k} for k in range(4))
 
 
+def test_the_further_class_is_never_explained():
+    "With drop_target='extra' the last output is no class of the data: here the last of four"
+    model = net()
+    recipe = ready("edda_random_class", model, options={"drop_target": "extra"})
+    targets = recipe.targets(model, torch.arange(3).repeat(100), torch.Generator().manual_seed(0))
+    assert set(targets.tolist()) == {0, 1, 2}
+
+
 def test_accepted_is_what_the_network_recognises():
     "Image by image: mask, ask, take the masked image or the second random view"
     model = fit(replace(config("ce"), epochs=10), toy(), model=net()).model.train()

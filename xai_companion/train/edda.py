@@ -140,12 +140,13 @@ class RandomOcclusion(EDDA, name="random_occlusion"):
 def other_classes(labels: torch.Tensor,  # (B,)
                   model,                 # with a linear classifier
                   generator: torch.Generator,
+                  extra: int = 0,        # how many of its last outputs are no class of the data
                   ) -> torch.Tensor:     # (B,)
     "For each label a random other class"
-    count = classifier_of(model)[1].out_features
+    count = classifier_of(model)[1].out_features - extra
     return (labels + torch.randint(1, count, labels.shape, generator=generator).to(labels, non_blocking=True)) % count
 
 class EDDARandomClass(EDDA, name="edda_random_class"):
     "EDDA with the map of a random other class"
     def targets(self, model, labels, generator):
-        return other_classes(labels, model, generator)
+        return other_classes(labels, model, generator, len(self.extra_classes(self.option)))
