@@ -32,6 +32,7 @@ from xai_companion.verdicts import (
     CLAIMS,
     claims,
     comparisons,
+    difference_text,
     forest,
     holm_levels,
     overall,
@@ -113,7 +114,7 @@ def test_table_of_claims(quick, monkeypatch):
     assert table.verdict[[name for name in table.index if name.startswith("3")][0]] == "supported"
     level = holm_levels([paired_p(near), paired_p(far)])[1]
     _, low, high = mean_interval(far, level)
-    shown = f"+  {far.mean():.1f} [{low:.1f}, {high:.1f}], wins {100 * (far > 0).mean():.0f} : {100 * (far < 0).mean():.0f}"
+    shown = f"{far.mean():.1f} [{low:.1f}, {high:.1f}] (+), wins {100 * (far > 0).mean():.0f} : {100 * (far < 0).mean():.0f}"
     assert comparisons("sise", 1).loc[("here (quick)", "b"), "EBPG"] == shown
     assert forest("sise", 1) is not None and forest("sise", 2) is None
 
@@ -137,14 +138,14 @@ def test_win_rate_counts_images(quick):
     table = comparisons("sise", 1)
     assert table.iloc[0].EBPG.endswith(", wins 50 : 20") and table.iloc[0].Drop.endswith(", wins 20 : 50")
     assert list(comparisons("sise", 1, ["Drop"])) == ["Drop"] and "wins" not in comparisons("sise", 3).iloc[0].EBPG
-    assert "wins" not in stored[2, "time"] and comparisons("sise", 2).iloc[0].time == "+  51.2 [49.6, 52.8]"
+    assert "wins" not in stored[2, "time"] and comparisons("sise", 2).iloc[0].time == "51.2 [49.6, 52.8] (+)"
 
 
 def test_records_without_a_win_rate_are_shown(quick):
     file = save_comparisons("sise", 1, "here", "EBPG", {"a": [1.0, 2, 3]}, ABOVE)[1]
     records = json.loads(file.read_text())
     file.write_text(json.dumps([{k: v for k, v in r.items() if k != "wins"} for r in records]))
-    assert comparisons("sise", 1).iloc[0, 0].endswith("]") and claims("sise").verdict.iloc[0] == "inconclusive"
+    assert comparisons("sise", 1).iloc[0, 0].endswith("] (0)") and claims("sise").verdict.iloc[0] == "inconclusive"
 
 
 @pytest.mark.parametrize("call, words", [
@@ -186,9 +187,9 @@ def three_settings(quick):
 def test_overview(three_settings):
     table = claims_overview()
     assert list(table.index[:2]) == ["SISE 1", "SISE 2"] and len(table) == sum(map(len, CLAIMS.values()))
-    assert list(table.loc["SISE 1"])[:3] == ["mixed", "1 supported, 1 mixed", "2 for, 1 open, 1 against"]
-    assert list(table.loc["ExCon 1"]) == ["supported", "1 supported", "1 for", CLAIMS["excon"][1]]
-    assert list(table.loc["EDDA 2"])[:3] == ["not tested", "-", "-"]
+    assert list(table.loc["SISE 1"])[1:] == ["mixed", "1 supported, 1 mixed", "2 for, 1 open, 1 against"]
+    assert list(table.loc["ExCon 1"]) == [CLAIMS["excon"][1], "supported", "1 supported", "1 for"]
+    assert list(table.loc["EDDA 2"])[1:] == ["not tested", "-", "-"]
     assert claims_overview("../papers").index[0] == "[SISE 1](../papers/01_sise.ipynb#quality-claim-1)"
     assert claims_overview(root=three_settings / "reports").equals(table)
     assert set(claims_overview(root=three_settings / "nowhere").verdict) == {"not tested"}
@@ -245,6 +246,10 @@ def test_plain_answer(three_settings):
     assert list(empty.index) == ["EDDA"] and "no stored records yet" in empty.answer.iloc[0]
 
 
+def test_a_difference_of_nothing_has_no_sign():
+    assert difference_text({"value": -0.01, "interval": [-4.2, 4.1]}) == "0.0 [-4.2, 4.1]"
+
+
 def test_figure(three_settings):
     ax = claims_figure().axes[0]
     assert [round(bar.get_width()) for bar in ax.patches[:3]] == [50, 25, 25]
@@ -266,8 +271,10 @@ def test_headlines_come_with_their_records(quick, monkeypatch):
     save("ada_sise", "quality_plain", [made])
     table = headlines("excon")
     assert list(table.index) == ["Accuracy (%), plain CNN, creatures"] * 2 + ["Accuracy (%), ResNet-18, Tiny ImageNet at 64 pixels"]
-    assert table[["profile", "ExCon", "n", "command"]].to_numpy().tolist() == [
-        ["quick", "60", "n=500", "`run quick`"], ["gpu", "60", "n=500", "`run gpu`"], ["gpu", "50", "n=2000", "`run gpu`"]]
+    assert table[["ExCon", "n", "profile"]].to_numpy().tolist() == [
+        ["60", "n=500", "quick"], ["60", "n=500", "gpu"], ["50", "n=2000", "gpu"]]
+    for text in (str(table), table._repr_markdown_()):
+        assert text.splitlines()[-1] == "quick: `run quick`; gpu: `run gpu`"
     assert set(table.SupCon) == {"-"}
     assert headlines("ada_sise").loc["time (s), A", "n"] == f"n=2, {hardware()}"
     assert not_run().command.to_dict() == {profile: f"`xai-companion reproduce --profile {profile} --record`" for profile in ("cpu", "paper")}

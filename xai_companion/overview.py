@@ -42,7 +42,7 @@ def place(paper: str,   # sise, ada_sise, integrated_gradcam, edda or excon
 
 # %% ../nbs/02b_overview.ipynb #cdeb6c92
 class LinkedTable(Table):
-    "A table of texts: Markdown in a notebook, aligned columns in a terminal"
+    "A table of texts, and perhaps a note below it: Markdown in a notebook, aligned columns in a terminal"
     _constructor = property(lambda self: LinkedTable)
     _repr_html_ = None
 
@@ -53,12 +53,14 @@ class LinkedTable(Table):
 
     def _repr_markdown_(self):
         head, *body = self._lines()
-        return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+        table = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+        return "\n".join([*table, *(["", self.attrs["note"]] if "note" in self.attrs else [])])
 
     def __repr__(self):
         lines = self._lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in lines)
+        table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in lines]
+        return "\n".join([*table, *([self.attrs["note"]] if "note" in self.attrs else [])])
 
 # %% ../nbs/02b_overview.ipynb #e2816adf
 def unit_of(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
@@ -109,9 +111,9 @@ def claims_overview(links: str | None = None,  # folder of the paper pages, seen
             every = [r for here in found.values() for r in here]
             counts = Counter(overall(map(judged, here)) for here in found.values())
             lines[_name(paper, claim, links)] = {
-                "verdict": overall(map(judged, every)),
+                "what the paper claims": text, "verdict": overall(map(judged, every)),
                 "settings": ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name]) or "-",
-                "comparisons": _marks(every) or "-", "what the paper claims": text}
+                "comparisons": _marks(every) or "-"}
     return LinkedTable.from_dict(lines, orient="index").rename_axis("claim")
 
 # %% ../nbs/02b_overview.ipynb #f8964ba0
@@ -232,7 +234,7 @@ HEADLINES = {  # table, metric, methods, what else is fixed, and where, unless t
               ("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet_20"}, TWENTY),
               ("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet", "model": "resnet18"}, WHOLE),
               ("accuracy", "Accuracy", CONTRAST, {"data": "cifar100", "model": "resnet50"}, "ResNet-50, CIFAR-100"),
-              ("shift", "ECE, 15 bins, severity 3", CONTRAST[1:], {"data": "synthetic"}, DRAWN)),
+              ("shift", "ECE, 15 bins, severity 3", CONTRAST, {"data": "synthetic"}, DRAWN)),
 }
 
 def _counts(rows):
@@ -244,8 +246,8 @@ def _counts(rows):
 def headlines(paper: str,               # sise, ada_sise, integrated_gradcam, edda or excon
               root: Path | None = None  # folder of the records; default: results/
               ) -> pd.DataFrame:
-    "A few rows of a paper's tables: a line per metric and stored profile, a column per method, and the command"
-    names, lines = [], []
+    "A few rows of a paper's tables: a line per metric and stored profile, a column per method; below it the command of each profile"
+    names, lines, commands = [], [], {}
     for table, metric, methods, fixed, where in HEADLINES[paper]:
         for profile, records in load(paper, table, root).items():
             own = [r for r in records if {"metric": metric}.items() | fixed.items() <= r["config"].items()]
@@ -253,11 +255,13 @@ def headlines(paper: str,               # sise, ada_sise, integrated_gradcam, ed
             if found:
                 r = next(iter(found.values()))[0]
                 names.append(f"{metric} ({r['unit']}), {r['config'].get('testbed', where)}")
-                lines.append({"profile": profile} | {method: grid_cell(rows) for method, rows in found.items()} | {
-                    "n": _counts(list(found.values())), "command": f"`{r['provenance']['command']}`"})
-    columns = ["profile", *dict.fromkeys(method for line in HEADLINES[paper] for method in line[2]), "n", "command"]
-    return LinkedTable([[line.get(c, "-") for c in columns] for line in lines],
-                       index=pd.Index(names, name="metric, data"), columns=columns)
+                lines.append({method: grid_cell(rows) for method, rows in found.items()} | {"n": _counts(list(found.values())), "profile": profile})
+                commands.setdefault(profile, {})[f"`{r['provenance']['command']}`"] = True
+    columns = [*dict.fromkeys(method for line in HEADLINES[paper] for method in line[2]), "n", "profile"]
+    table = LinkedTable([[line.get(c, "-") for c in columns] for line in lines], index=pd.Index(names, name="metric, data"), columns=columns)
+    if commands:
+        table.attrs["note"] = "; ".join(f"{profile}: {', '.join(own)}" for profile, own in commands.items())
+    return table
 
 # %% ../nbs/02b_overview.ipynb #5b1d9e02
 def not_run(root: Path | None = None  # folder of the records; default: results/

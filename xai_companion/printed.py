@@ -81,7 +81,7 @@ def grids(paper: str,   # sise, ada_sise or integrated_gradcam
         absent = [kind for kind in kinds if not _sources(paper, f"{kind}_{bed}")]
         parts |= {f"{kind}_{bed}": grid(paper, f"{kind}_{bed}") for kind in kinds if kind not in absent}
         if absent:
-            remedy = f"`xai-companion reproduce {paper} --profile {profile} --record`"
+            remedy = f"xai-companion reproduce {paper} --profile {profile} --record"
             parts[bed] = Table({"state": ["not run yet"]}, index=pd.MultiIndex.from_tuples([(", ".join(absent), remedy)]))
     whole = pd.concat(parts).fillna("")
     return whole[sorted(whole, key=["n", "state"].__contains__)]

@@ -223,6 +223,8 @@ def _labels(configs):
         return ", ".join([row] * (row is not None) + entries)
     return [label(config) for config in configs]
 
+_TOGETHER = re.compile(r"(?<=[\d.],) (?=-?[\d.]+\])|(?<=\d) (?=±)|(?<=±) (?=\d)|(?<=wins) (?=\d)|(?<=\d) (?=: \d)|(?<=\d :) (?=\d)")
+
 class Table(pd.DataFrame):
     "A DataFrame that shows its cells in full, and that a notebook stores once"
     _constructor = property(lambda self: Table)
@@ -235,7 +237,8 @@ class Table(pd.DataFrame):
     def _repr_html_(self):
         with pd.option_context(*self._full):
             html = super()._repr_html_()
-        return re.sub(r"\n\s*", "", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))  # a page stores many tables
+        html = re.sub(r"\n\s*", "", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))  # a page stores many tables
+        return _TOGETHER.sub("\u00a0", html)
 
     def _in_short(self):
         return f"Table of {len(self)} row{'s' * (len(self) != 1)}"
@@ -259,7 +262,7 @@ def _table(columns):
 
 def _notice(paper, table):
     "What stands where a table would, as long as nothing is stored"
-    remedy = "run `xai-companion reproduce --record` in a clone to store some"
+    remedy = "run xai-companion reproduce --record in a clone to store some"
     return Table({"": [f"no stored records yet: {remedy}"]}, index=[f"{paper}/{table}"])
 
 def _sources(paper, table):

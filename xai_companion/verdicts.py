@@ -199,19 +199,19 @@ def difference_text(r: dict  # a record with an interval
                     ) -> str:
     "A difference and its interval, with as many decimals as the interval allows"
     decimals = min(max(1 - math.floor(math.log10(max(r["interval"][1] - r["interval"][0], 1e-6))), 0), 3)
-    low, high = (f"{end:.{decimals}f}" for end in r["interval"])
-    return f"{r['value']:.{decimals}f} [{low}, {high}]"
+    value, low, high = (f"{round(number, decimals) + 0.0:.{decimals}f}" for number in (r["value"], *r["interval"]))  # no -0
+    return f"{value} [{low}, {high}]"
 
 def _cell(r):
     "Verdict, difference, interval, and the win rate where it was stored"
     wins = ", wins {:.0f} : {:.0f}".format(*(100 * share for share in r["wins"])) if "wins" in r else ""
-    return f"{MARKS[judged(r)]}  {difference_text(r)}{wins}"
+    return f"{difference_text(r)} ({MARKS[judged(r)]}){wins}"
 
 def comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
                 claim: int,  # its number in `CLAIMS`
                 metrics: list | None = None,  # as the table shows them; default: all
                 ) -> pd.DataFrame:
-    "The differences behind a claim: + supported, - contradicted, 0 inconclusive; wins a : b, better and worse in % of the images"
+    "The differences behind a claim: (+) supported, (-) contradicted, (0) inconclusive; wins a : b, better and worse in % of the images"
     lines = {}
     for r, profile in stored_comparisons(paper):
         config = r["config"]
@@ -261,5 +261,7 @@ def forest(paper: str,   # sise, ada_sise, integrated_gradcam, edda or excon
         axes[0, 0].set_yticks(range(len(rivals)), rivals)
         axes[0, 0].set_ylim(len(rivals) - 0.5, -0.5)
         handles = [plt.Line2D([], [], color=c, marker=m, label=text) for text, (c, m) in zip(settings, SETTING_STYLES, strict=False)]
+        handles += [plt.Line2D([], [], color="0.35", marker="o", linestyle="", label="filled: supported; hollow: not", markersize=4),
+                    plt.Rectangle((0, 0), 1, 1, color="0.9", label="grey: what the paper claims")]
         fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return fig
