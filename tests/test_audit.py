@@ -421,6 +421,15 @@ def test_a_model_of_half_precision(place):
     assert half.facts.confidence.tolist() == pytest.approx(whole.facts.confidence.tolist(), abs=0.02)
 
 
+def test_masks_of_other_images(place):
+    "A folder of masks of which none belongs to an image is a mistake, not a set without masks"
+    (place / "flat").mkdir()
+    mask = next((place / "masks").rglob("*.png"))
+    (place / "flat" / f"x{mask.name}").write_bytes(mask.read_bytes())
+    with pytest.raises(ValueError, match="no mask for any of the images.* such as '[^']+/"):
+        Located(ImageFolder("pictures"), masks="flat")
+
+
 def test_boxes_and_masks_agree(place):
     masked, boxed = Located(ImageFolder("pictures"), masks="masks", size=40), Located(ImageFolder("pictures"), boxes="boxes.csv", size=40)
     for a, b in zip(masked, boxed, strict=True):

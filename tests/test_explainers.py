@@ -1,4 +1,5 @@
 """The contract on every registered explainer, whatever registers it."""
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,6 +10,7 @@ from xai_companion.data.photos import photos
 from xai_companion.explain import EXPLAINERS, explain
 from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
 from xai_companion.masking import normalize_map, upsample
+from xai_companion.metrics import average_drop
 from xai_companion.models import load_model
 from xai_companion.results import correlation
 
@@ -158,3 +160,27 @@ def test_options_must_make_sense():
             explain(model, images, name, **{option: 0})
     with pytest.raises(TypeError, match="find_class"):
         explain(model, images, target="tabby")
+
+
+def test_one_logit_has_no_softmax():
+    "The softmax of one number is 1, whatever the image: maps of nothing, and a perfect Drop"
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 1))
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for act in (lambda: explain(model, images, "sise"), lambda: average_drop(model, images, torch.rand(2, 1, 16, 16))):
+        with pytest.raises(ValueError, match="score='sigmoid'"):
+            act()
+    assert explain(model, images, "sise", score="sigmoid").shape == explain(model, images, "gradcam").shape == (2, 1, 16, 16)
+
+
+def test_a_network_without_a_layer_of_its_own():
+    conv = torch.nn.Conv2d(3, 3, 3)
+    model = torch.nn.Sequential(conv, torch.nn.ReLU(), conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="runs several times: name the layers yourself"):
+        explain(model, torch.rand(1, 3, 16, 16), "gradcam")
+
+
+def test_counts_of_numpy():
+    model, images = load_model("plain_cnn"), torch.rand(1, 3, 32, 32)
+    assert explain(model, images, "rise", n_masks=np.int64(3)).shape == (1, 1, 32, 32)
+    with pytest.raises(ValueError, match="n_masks must be a whole number"):
+        explain(model, images, "rise", n_masks=True)

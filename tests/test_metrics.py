@@ -522,3 +522,11 @@ def test_registry():
     assert {n for n, m in METRICS.items() if m.better == "low"} == {"drop", "deletion", "soft_drop"}
     assert len({m.label for m in METRICS.values()}) == len(METRICS)
     assert METRICS["drop"].scale == 100 and METRICS["insertion"].scale == 1
+
+
+def test_arrays_are_no_tensors():
+    maps, masks = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 1, 4, 4), bool)
+    with pytest.raises(TypeError, match="got ndarray: torch.from_numpy"):
+        ebpg(torch.from_numpy(maps), masks)
+    with pytest.raises(TypeError, match="maps must be a float tensor .*, got ndarray"):
+        ebpg(maps, torch.from_numpy(masks))

@@ -860,3 +860,33 @@ def test_a_recipe_of_ones_own(monkeypatch):
             return F.cross_entropy(model(views.images), views.labels.repeat(2)), None
     run = fit(replace(BASE, recipe="clean"), toy(), toy(), model=small_net())
     assert run.log[-1]["accuracy"] == 0 and run.log[-1]["val_accuracy"] > 0.5
+
+
+class HeadFirst(nn.Module):
+    "Its classifier is registered first; the last linear layer is that of a gate"
+    def __init__(self):
+        super().__init__()
+        self.head, self.conv, self.gate = nn.Linear(16, 3), nn.Conv2d(3, 16, 3), nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        return self.head(x * self.gate(x).sigmoid())
+
+
+def test_contrastive_training_needs_the_classifier_last():
+    "Taken for the classifier, the gate would be trained in the place of the head"
+    config = Config(recipe="supcon", size=16, epochs=1, batch=6)
+    with pytest.raises(ValueError, match="'gate', and that layer does not give the model's logits"):
+        fit(config, (torch.zeros(12, 3, 16, 16).byte(), torch.arange(12) % 3), model=HeadFirst())
+
+
+@pytest.mark.parametrize("make, kind", [
+    (lambda x, y: torch.utils.data.TensorDataset(x, y), "TensorDataset"), (lambda x, y: [*zip(x, y, strict=True)], "list"),
+    (lambda x, y: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y)), "DataLoader"),
+    (lambda x, y: (x.numpy(), y), "tuple of ndarray and Tensor")])
+def test_images_of_another_kind(make, kind):
+    "The habits of PyTorch get a sentence that says what is taken"
+    images, labels = torch.zeros(12, 3, 16, 16).byte(), torch.arange(12) % 3
+    for train, val in ((make(images, labels), None), ((images, labels), make(images, labels))):
+        with pytest.raises(TypeError, match=f"not a {kind}: stack .* ImageSet"):
+            fit(Config(size=16), train, val)

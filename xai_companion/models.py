@@ -349,8 +349,11 @@ def conv_blocks(model: nn.Module,  # a CNN; wrappers are transparent
         raise ValueError(f"{type(unwrapped(model)).__name__} ends without spatial feature maps (a transformer, a dense "
                          "network, or images too small for it): CAM methods and SISE need a CNN. "
                          "Gradient and occlusion methods work on any model; or name the layers yourself.")
-    names = [*_entering(calls, origins), origins.name(last.output)]
-    return list(dict.fromkeys(name for name in names if name))
+    names = list(dict.fromkeys(name for name in (*_entering(calls, origins), origins.name(last.output)) if name))
+    if not names:
+        raise ValueError(f"no feature map of {type(unwrapped(model)).__name__} has a module of its own, perhaps because a module "
+                         "runs several times: name the layers yourself")
+    return names
 
 def last_conv(model: nn.Module,  # a CNN; wrappers are transparent
               input_size: int | tuple = 224,  # side of the images in pixels, or (channels, height, width)

@@ -168,6 +168,9 @@ class Located(ImageSet):
         self.name, self.split, self.classes, self.multi_label = data.name, data.split, data.classes, data.multi_label
         if self.masks is not None and not self.masks.is_dir():
             raise FileNotFoundError(f"there is no folder of masks {self.masks}")
+        names = getattr(data, "files", [])
+        if self.masks is not None and names and not any(map(self.mask_file, names)):
+            raise ValueError(f"{masks} has no mask for any of the images. A mask is named as its image below its folder, such as {names[0]!r}")
         if unknown := set(self.boxes) - set(getattr(data, "files", self.boxes)):
             raise ValueError(
                 f"{boxes} has boxes for {sorted(unknown)[0]!r}, which is not among the images. Files are written "
@@ -201,16 +204,20 @@ class Located(ImageSet):
             item = replace(item, masks=self.mask_of(item))
         return item if self.size is None else resized(item, self.size, self.crop)
 
+    def mask_file(self, name: str) -> Path | None:
+        "The file with the mask of an image, if there is one"
+        place = self.masks / name
+        return next((p for p in (place, *(place.with_suffix(s) for s in (".png", ".bmp", ".tif"))) if p.is_file()), None)
+
     def mask_of(self, item: Item):
         "The mask of an image, bool (1, 1, H, W), or None"
-        place = self.masks / item.name
-        found = [p for p in (place, *(place.with_suffix(s) for s in (".png", ".bmp", ".tif"))) if p.is_file()]
-        if not found:
+        file = self.mask_file(item.name)
+        if file is None:
             return None
-        mask = read_mask(found[0])
+        mask = read_mask(file)
         if mask.shape[1:] != item.image.shape[1:]:
             raise ValueError(
-                f"{found[0]} has {tuple(mask.shape[1:])} pixels, its image has {tuple(item.image.shape[1:])}: "
+                f"{file} has {tuple(mask.shape[1:])} pixels, its image has {tuple(item.image.shape[1:])}: "
                 "a mask has the size of its image"
             )
         return mask[None]

@@ -69,9 +69,11 @@ def scores_at(logits: Tensor,   # (N, K)
               classes: Tensor,  # (N,) of int64
               score: str = "logit",  # a name in `SCORES`
               ) -> Tensor:
-    "The score of one class per row, (N,), at least in float32; nothing is checked"
+    "The score of one class per row, (N,), at least in float32; only a softmax of one logit is refused"
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
+    if logits.shape[1] == 1 and "softmax" in score:
+        raise ValueError("the model returns one logit per image, and the softmax of a single one is always 1: use score='sigmoid'")
     return SCORES[score](logits).gather(1, classes[:, None])[:, 0]
 
 def class_scores(logits,         # what the model returned for `n` images

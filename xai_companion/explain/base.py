@@ -9,6 +9,7 @@ __all__ = ['EXPLAINERS', 'check_images', 'check_counts', 'option_names', 'with_o
 # %% ../../nbs/10_explain.base.ipynb #26b1db66
 import difflib
 import inspect
+import numbers
 import re
 from contextlib import contextmanager
 
@@ -54,7 +55,7 @@ def check_images(images: Tensor,    # should be float (N, C, H, W) in [0, 1]
 def check_counts(**counts):
     "Raise if one of the named numbers is not a whole number of at least 1"
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 # %% ../../nbs/10_explain.base.ipynb #e2b84f60

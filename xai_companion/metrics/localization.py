@@ -18,7 +18,7 @@ def check_maps(maps: Tensor,  # should be float (N, 1, H, W), finite
                ) -> Tensor:
     "The maps, detached; anything else than one finite map per image is an error"
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
-        raise TypeError(f"maps must be a float tensor (N, 1, H, W), got {getattr(maps, 'dtype', type(maps).__name__)}")
+        raise TypeError(f"maps must be a float tensor (N, 1, H, W), got {maps.dtype if isinstance(maps, Tensor) else type(maps).__name__}")
     like = maps if like is None else like
     wanted = (len(like), 1, *like.shape[-2:])
     if tuple(maps.shape) != wanted:
@@ -32,8 +32,9 @@ def check_masks(masks: Tensor  # should be bool (N, 1, H, W), none of them empty
                 ) -> Tensor:
     "The masks; anything else than one mask with at least one pixel per image is an error"
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-        got = getattr(masks, "dtype", type(masks).__name__)
-        raise TypeError(f"masks must be a bool tensor (N, 1, H, W), got {got}: compare with a threshold, as in masks > 0.5")
+        got, remedy = (masks.dtype, "compare with a threshold, as in masks > 0.5") if isinstance(masks, Tensor) else (
+            type(masks).__name__, "torch.from_numpy makes a tensor of an array")
+        raise TypeError(f"masks must be a bool tensor (N, 1, H, W), got {got}: {remedy}")
     if masks.dim() != 4 or masks.shape[1] != 1 or not masks.numel():
         raise ValueError(f"masks must be (N, 1, H, W) and not empty, got {tuple(masks.shape)}")
     empty = (~masks.flatten(1).any(1)).nonzero().flatten().tolist()

@@ -6,6 +6,7 @@
 __all__ = ['fgsm', 'pgd', 'attacked_logits']
 
 # %% ../../nbs/33_metrics.robustness.ipynb #c3897c53
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -44,7 +45,7 @@ def _climb(model, images, labels, eps, start, steps, step_size):
 def _check_size(**sizes):
     "Raise unless each of the named numbers is one in [0, 1]"
     for name, value in sizes.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
             raise ValueError(f"{name} must be a number in [0, 1], the units of the images, got {value!r}: 4 of 255 grey "
                              f"levels are {name}=4/255")
 

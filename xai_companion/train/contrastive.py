@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from ..core import autocasting
 from ..data.augment import AUGMENTATIONS
 from ..explain.base import check_counts
-from ..hooks import classifier_of, entering, evaluating
-from .edda import check_options, maps_of, other_classes
+from ..hooks import capture, classifier_of, entering, evaluating
+from .edda import black_image, check_options, maps_of, other_classes
 from .losses import collapse_alarm, supcon_loss
 from .occlusion import occlude, random_masks, salient
 from .recipes import Recipe, Views
@@ -52,7 +52,12 @@ class SupCon(Recipe, name="supcon"):
         return found
 
     def setup(self, model, count):
-        _, self.classifier = classifier_of(model)
+        name, self.classifier = classifier_of(model)
+        with evaluating(model), capture(model, name) as found:
+            logits = model(black_image(model, self.config.size))
+        if not torch.equal(found[name], logits):
+            raise ValueError(f"contrastive training takes what enters the last linear layer, {name!r}, and that layer does not give "
+                             "the model's logits: make its classifier the last nn.Linear that the model registers")
         self.head = Projection(self.classifier.in_features, self.option["dim"]).to(self.classifier.weight.device)
         self.staged, self.batch = self.option["staged"], min(self.config.batch, count)
 

@@ -223,8 +223,20 @@ def _class_count(labels, classes, model) -> int:
         return len(classes)
     return classifier_of(model)[1].out_features if model else max(2, int(labels.max()) + 1) if len(labels) else 2
 
+def _check_kind(data, what):
+    "Raise unless images come as `fit` takes them"
+    pair = isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    if not isinstance(data, ImageSet) and not pair:
+        parts = f" of {' and '.join(type(part).__name__ for part in data)}" if isinstance(data, (tuple, list)) and len(data) == 2 else ""
+        raise TypeError(f"the {what} images must be an ImageSet or two tensors, uint8 images (N, C, S, S) and labels (N,), not a "
+                        f"{type(data).__name__}{parts}: stack those of a Dataset into two tensors, or make an ImageSet of it, "
+                        "as the notebook data.items shows")
+
 def prepare(config: Config, train, val, model, classes, device, workers=None) -> Run:
     "A run, checked; data, model and classes as `fit` takes them"
+    _check_kind(train, "training")
+    if val is not None:
+        _check_kind(val, "validation")
     if isinstance(train, ImageSet) and isinstance(val, ImageSet) and train.classes != val.classes:
         raise ValueError(f"the validation images have other classes than the training images: {', '.join(val.classes[:5])} beside "
                          f"{', '.join(train.classes[:5])}; a label would mean one thing here and another there")
