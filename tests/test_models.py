@@ -149,3 +149,11 @@ def test_embedded_classifier_on_imagenet_photographs():
             predicted = model(load_images([folder / row["file"] for row in part])).argmax(1)
         right += sum(p == int(row["class_index"]) for p, row in zip(predicted.tolist(), part, strict=True))
     assert right >= 0.85 * len(rows)
+
+
+@pytest.mark.parametrize("weights", [None, "none", "None"])
+def test_random_weights_by_name(weights):
+    "What a message recommends can be typed in a terminal, too"
+    torch.manual_seed(0)
+    first = load_model("plain_cnn", weights)
+    assert not torch.equal(first(torch.ones(1, 3, 32, 32)), load_model("plain_cnn")(torch.ones(1, 3, 32, 32)))

@@ -169,7 +169,7 @@ def _check_wish(name, weights, num_classes, small):
 
 # %% ../nbs/06_models.ipynb #29dacbd5
 def load_model(name: str = EMBEDDED,       # one of `model_names()`
-               weights: str | Path | None = "pretrained",  # or "imagenet", torchvision's name, a file; None: random
+               weights: str | Path | None = "pretrained",  # or "imagenet", torchvision's name, a file; None or "none": random
                num_classes: int | None = None,  # K; default: as the weights, else 1000 (the two packaged: 20)
                small: bool = False,        # 3x3 stem for images of 32 to 64 pixels: resnet18, resnet50, resnet56
                classes: list | None = None,  # names of the K classes; default: those of the weights, if known
@@ -181,6 +181,7 @@ def load_model(name: str = EMBEDDED,       # one of `model_names()`
         raise ValueError(f"unknown model {name!r}: did you mean {' or '.join(close)}? models.model_names() lists all; "
                          "any other nn.Module can be given to an explainer directly.")
     device, small = pick_device(device), small or name == "resnet56"
+    weights = None if str(weights).lower() == "none" else weights  # as a command says it
     file = weights if _is_file(weights) else None
     if weights and not file:
         _check_wish(name, weights, num_classes, small)

@@ -84,7 +84,7 @@ def add_audit(commands  # the sub-parsers of `xai-companion`
     p.add_argument("model", metavar="MODEL", help="a model by name, or MODULE:FUNCTION that returns one")
     p.add_argument("data", metavar="DATA", help="a folder with a folder of images per class, or the name of a data set")
     p.add_argument("--weights", default="pretrained",
-                   help="pretrained, a torchvision weights name, or a checkpoint file (default: %(default)s)")
+                   help="pretrained, none (random), a torchvision weights name, or a checkpoint file (default: %(default)s)")
     p.add_argument("--classes", type=int, metavar="K", help="number of classes of the model (default: as its weights)")
     p.add_argument(
         "--class-map", metavar="FILE", help="which folder is which class of the model: lines folder,class or JSON"

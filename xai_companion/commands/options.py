@@ -64,7 +64,7 @@ def add_model(parser: argparse.ArgumentParser, default: str | None):
     "The arguments that say which model"
     parser.add_argument("--model", default=default, help="a model by name, or MODULE:FUNCTION that returns one (default: %(default)s)")
     parser.add_argument("--weights", default="pretrained",
-                        help="pretrained, a torchvision weights name, or a checkpoint file (default: %(default)s)")
+                        help="pretrained, none (random), a torchvision weights name, or a checkpoint file (default: %(default)s)")
     parser.add_argument("--classes", type=int, metavar="K", help="number of classes (default: the model's)")
 
 # %% ../../nbs/67_commands.options.ipynb #233a30a2

@@ -17,10 +17,11 @@ from ..core import autocasting
 from ..data.augment import AUGMENTATIONS
 from ..explain.base import check_counts
 from ..hooks import capture, classifier_of, entering, evaluating
-from .edda import black_image, check_options, maps_of, other_classes
+from .edda import check_options, maps_of, other_classes
 from .losses import collapse_alarm, supcon_loss
 from .occlusion import occlude, random_masks, salient
 from .recipes import Recipe, Views
+from .tensors import black_image
 
 # %% ../../nbs/42d_train.contrastive.ipynb #42bf2937
 class Projection(nn.Sequential):

@@ -29,7 +29,7 @@ from .checkpoint import restore_run, save_run, save_weights
 from .files import COLUMNS, alone
 from .processes import average_gradients, check_same, share_buffers, share_weights, wait_for_all
 from .recipes import Batch, Config, Moment, get_recipe
-from .tensors import check_classes, check_data, check_fits, check_trainable, to_tensors
+from .tensors import check_classes, check_data, check_fits, check_trainable, outputs_of, to_tensors
 
 # %% ../../nbs/43_train.loop.ipynb #1ab4eebf
 def learning_rate(step: int,     # t, from 0
@@ -217,11 +217,11 @@ def compiling(model: nn.Module,  # any model; wrappers are transparent
             part._compiled_call_impl = None
 
 # %% ../../nbs/43_train.loop.ipynb #c0cf6cd5
-def _class_count(labels, classes, model) -> int:
+def _class_count(labels, classes, model, size) -> int:
     "K: of the names, else of the model's output, else of the labels"
     if classes:
         return len(classes)
-    return classifier_of(model)[1].out_features if model else max(2, int(labels.max()) + 1) if len(labels) else 2
+    return outputs_of(model, size) if model else max(2, int(labels.max()) + 1) if len(labels) else 2
 
 def _check_kind(data, what):
     "Raise unless images come as `fit` takes them"
@@ -244,7 +244,7 @@ def prepare(config: Config, train, val, model, classes, device, workers=None) ->
     if isinstance(train, ImageSet):
         train = to_tensors(train, config.size) if workers is None else Streamed(train, config.size, device, workers)
     labels = train.labels if isinstance(train, Streamed) else train[1]
-    count = _class_count(labels, classes, model)
+    count = _class_count(labels, classes, model, config.size)
     if not isinstance(train, Streamed):
         train = check_data(*train, config.size, count)
     val = val and check_data(*val, config.size, count, "validation")
@@ -253,7 +253,7 @@ def prepare(config: Config, train, val, model, classes, device, workers=None) ->
         with seeded(config.seed):
             names = classes and [*classes, *more]
             model = load_model(config.model, None, count + len(more), config.model in SMALL and config.size <= 64, names)
-    elif classes and (outputs := classifier_of(model)[1].out_features) < count + len(more):
+    elif classes and (outputs := outputs_of(model, config.size)) < count + len(more):
         raise ValueError(f"the model has {outputs} outputs, and the images {count} classes"
                          + (f", with one more for {', '.join(more)!r}" if more else "") + ": give it a classifier with as many")
     check_trainable(model, labels, min(config.batch, len(labels)))
