@@ -1581,6 +1581,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'xai_companion/train/edda.py'),
                                           'xai_companion.train.edda.EDDARandomClass': ( 'train.edda.html#eddarandomclass',
                                                                                         'xai_companion/train/edda.py'),
+                                          'xai_companion.train.edda.EDDARandomClass.setup': ( 'train.edda.html#eddarandomclass.setup',
+                                                                                              'xai_companion/train/edda.py'),
                                           'xai_companion.train.edda.EDDARandomClass.targets': ( 'train.edda.html#eddarandomclass.targets',
                                                                                                 'xai_companion/train/edda.py'),
                                           'xai_companion.train.edda.RandomOcclusion': ( 'train.edda.html#randomocclusion',

@@ -182,7 +182,7 @@ class ExConRandomMask(ExCon, name="excon_random_mask"):
 class ExConRandomClass(ExCon, name="excon_random_class"):
     "ExCon with the map of a random other class"
     def targets(self, model, labels, generator):
-        return other_classes(labels, model, generator)
+        return other_classes(labels, self.classifier.out_features, generator)
 
 class ExConAcceptAll(ExCon, name="excon_accept_all"):
     "ExCon that asks nobody whether the class can still be recognised"

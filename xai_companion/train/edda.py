@@ -13,11 +13,10 @@ from torch.nn import functional as F
 # %% ../../nbs/42c_train.edda.ipynb #61c33ef7
 from ..core import autocasting
 from ..explain import get_explainer
-from ..hooks import classifier_of
 from .losses import DROP_TARGETS, drop_targets, edda_loss, gathered
 from .occlusion import CurrentMaps, MapCache, occlude, random_masks, salient
 from .recipes import Recipe, Views
-from .tensors import black_image
+from .tensors import black_image, outputs_of
 
 # %% ../../nbs/42c_train.edda.ipynb #a6061fa9
 FILLS = ("black", "mean", "blur")
@@ -138,15 +137,17 @@ class RandomOcclusion(EDDA, name="random_occlusion"):
         return random_masks(counts, maps.shape[2:], generator)
 
 def other_classes(labels: torch.Tensor,  # (B,)
-                  model,                 # with a linear classifier
+                  count: int,            # K
                   generator: torch.Generator,
-                  extra: int = 0,        # how many of its last outputs are no class of the data
                   ) -> torch.Tensor:     # (B,)
     "For each label a random other class"
-    count = classifier_of(model)[1].out_features - extra
     return (labels + torch.randint(1, count, labels.shape, generator=generator).to(labels, non_blocking=True)) % count
 
 class EDDARandomClass(EDDA, name="edda_random_class"):
     "EDDA with the map of a random other class"
+    def setup(self, model, count):
+        super().setup(model, count)
+        self.classes = outputs_of(model, self.config.size) - len(self.extra_classes(self.option))
+
     def targets(self, model, labels, generator):
-        return other_classes(labels, model, generator, len(self.extra_classes(self.option)))
+        return other_classes(labels, self.classes, generator)
