@@ -13,10 +13,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "docs" / "_build" / "examples"
-PER_CLASS = 4  # creatures of each kind in the audit
+SMOKE = os.environ.get("XAI_COMPANION_PROFILE") == "smoke"  # small examples, for tests of the site
+PER_CLASS = 2 if SMOKE else 4  # creatures of each kind in the audit
 COMMANDS = {  # file -> arguments of `xai-companion`, run in a folder with the images; it writes what stands last
     "gallery.html": "explain photos/cat.png photos/coffee.png photos/rocket.png photos/astronaut.png"
-    " --method gradcam,layercam,integrated_gradcam,fullgrad,ada_sise --device cpu --out gallery",
+    " --method gradcam,layercam,integrated_gradcam,fullgrad,ada_sise --device cpu" + " --size 112" * SMOKE + " --out gallery",
     "audit.html": "audit plain_cnn creatures/images --masks creatures/masks --device cpu --out audit.html",
 }
 BACK = {  # file -> the page that speaks of it
@@ -29,7 +30,7 @@ RUN = "import sys; from xai_companion.cli import main; sys.exit(main())"
 def fingerprint():
     "A hash of everything that the examples depend on"
     code = [Path(__file__), *sorted((ROOT / "xai_companion").rglob("*.py")), ROOT / "requirements.lock"]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in code)).hexdigest()
+    return hashlib.sha256(b"\0".join([*(file.read_bytes() for file in code), str(SMOKE).encode()])).hexdigest()
 
 
 def save(picture, file):
