@@ -57,6 +57,12 @@ class Page:
         return self.path.with_suffix("").as_posix()
 
 
+# spaces around ± and : and to between numbers, inside an interval, and before a number of wins
+TOGETHER = re.compile(
+    r"(?<=\d) (?=(?:±|:|to) \d)|(?<=\d [±:]) (?=\d)|(?<=\d to) (?=\d)|(?<=[\d.],) (?=-?[\d.]+\])|(?<=wins) (?=\d)"
+)
+
+
 def notebooks():
     "Paths of all notebooks, relative to nbs/, in import order"
     paths = sorted(path.relative_to(NBS) for path in NBS.rglob("*.ipynb"))
@@ -140,7 +146,7 @@ def code_cell(cell, page, folder, alt):
                 metadata["mystnb"] = {"image": {"width": f"{size['width']}px", "alt": alt}}
         data = output.get("data", {})
         for kind in data.keys() & {"text/markdown", "text/html"}:  # a number and its interval stay on one line
-            data[kind] = re.sub(r"(?<=\d) (±|to) (?=\d)", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", "".join(data[kind]))
+            data[kind] = TOGETHER.sub("\N{NO-BREAK SPACE}", "".join(data[kind]))
         if "text/markdown" in data:
             data["text/markdown"] = to_myst(data["text/markdown"], page, folder)
     cell.remove_directives()

@@ -129,3 +129,12 @@ def test_sidebar_is_readable(site):
     assert captions[:2] == ["Start", "Library"] and set(captions) <= {"Start", "Library", "Papers", "Guide", "Tutorials"}
     titles = [title.strip() for title in re.findall(r'<a class="[^"]*" href="[^"]*">\s*([^<]+)<', sidebar)]
     assert [title for title in titles if re.match(r"\d|.*(_|\.ipynb)", title)] == []
+
+
+def test_numbers_are_not_folded(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from nb2myst import TOGETHER
+
+    told = {"73.5 ± 1.9": "73.5_±_1.9", "-5.2 [-5.8, -4.7] (-), wins 23 : 73": "-5.2 [-5.8,_-4.7] (-), wins_23_:_73",
+            "24 to 64 images": "24_to_64 images", "1, 2 and so on: 3": "1, 2 and so on: 3"}
+    assert {text: TOGETHER.sub("_", text) for text in told} == told

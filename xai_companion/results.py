@@ -223,8 +223,6 @@ def _labels(configs):
         return ", ".join([row] * (row is not None) + entries)
     return [label(config) for config in configs]
 
-_TOGETHER = re.compile(r"(?<=[\d.],) (?=-?[\d.]+\])|(?<=\d) (?=±)|(?<=±) (?=\d)|(?<=wins) (?=\d)|(?<=\d) (?=: \d)|(?<=\d :) (?=\d)")
-
 class Table(pd.DataFrame):
     "A DataFrame that shows its cells in full, and that a notebook stores once"
     _constructor = property(lambda self: Table)
@@ -237,8 +235,7 @@ class Table(pd.DataFrame):
     def _repr_html_(self):
         with pd.option_context(*self._full):
             html = super()._repr_html_()
-        html = re.sub(r"\n\s*", "", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))  # a page stores many tables
-        return _TOGETHER.sub("\u00a0", html)
+        return re.sub(r"\n\s*", "", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))  # a page stores many tables
 
     def _in_short(self):
         return f"Table of {len(self)} row{'s' * (len(self) != 1)}"
