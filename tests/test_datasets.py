@@ -29,7 +29,7 @@ from xai_companion.data.datasets import (
     splits_here,
 )
 from xai_companion.data.inspection import decode_runs, stratified
-from xai_companion.data.items import ImageSet, Item
+from xai_companion.data.items import ImageSet, Item, box_mask
 from xai_companion.data.readers import DataError, imagenet_wnids
 
 RANDOM = np.random.default_rng(0)
@@ -1046,3 +1046,11 @@ def test_real_imagenet_samples():
     data = real("imagenet_samples", "all")
     assert len(data) == 700 and len({label for (label,) in data.targets}) == 700
     check_set(data, fast=True)
+
+
+def test_a_box_with_swapped_corners_is_refused():
+    "A box x, y, width, height would silently be no pixel, or another place"
+    assert box_mask(torch.tensor([[1.0, 1, 3, 2]]), (4, 4)).sum() == 2 and not box_mask(torch.tensor([[2.0, 2, 2, 2]]), (4, 4)).any()
+    for box in ([5.0, 1, 3, 2], [1.0, 5, 3, 2]):
+        with pytest.raises(ValueError, match=r"box 1 is .*of x, y, width, height give"):
+            box_mask(torch.tensor([[0.0, 0, 1, 1], box]), (8, 8))

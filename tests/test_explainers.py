@@ -11,7 +11,7 @@ from xai_companion.explain import EXPLAINERS, explain
 from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
 from xai_companion.masking import normalize_map, upsample
 from xai_companion.metrics import average_drop
-from xai_companion.models import load_model
+from xai_companion.models import Normalized, load_model
 from xai_companion.results import correlation
 
 CHEAP = {
@@ -175,8 +175,65 @@ def test_one_logit_has_no_softmax():
 def test_a_network_without_a_layer_of_its_own():
     conv = torch.nn.Conv2d(3, 3, 3)
     model = torch.nn.Sequential(conv, torch.nn.ReLU(), conv, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))
-    with pytest.raises(ValueError, match="runs several times: name the layers yourself"):
+    with pytest.raises(ValueError, match="from '0', which runs several times: name a layer that runs once"):
         explain(model, torch.rand(1, 3, 16, 16), "gradcam")
+
+
+def test_a_last_feature_map_without_a_layer_is_not_replaced_by_an_early_one():
+    stem, shared = torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.Conv2d(4, 4, 3)
+    model = torch.nn.Sequential(stem, shared, shared, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5))
+    with pytest.raises(ValueError, match="from '1', which runs several times"):
+        explain(model, torch.rand(1, 3, 32, 32), "gradcam")
+    assert explain(model, torch.rand(1, 3, 32, 32), "gradcam", layers="0").shape == (1, 1, 32, 32)
+
+
+class Detached(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+@pytest.mark.parametrize("name", ["saliency", "integrated_gradients", "smoothgrad", "fullgrad"])
+def test_a_model_that_stops_the_gradient(name):
+    model = Detached(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="does not depend on the image in a differentiable way"):
+        explain(model, torch.rand(1, 3, 16, 16), name)
+
+
+@pytest.mark.parametrize("weight, shape, remedy", [
+    (3, (2, 16, 16, 3), r"put the channels first with .permute\(0, 3, 1, 2\)"), (3, (2, 1, 16, 16), r"expand\(-1, 3, -1, -1\)"),
+    (3, (2, 4, 16, 16), "drop the alpha channel"), (1, (2, 3, 16, 16), "1 channel, got .*make them grey"), (3, (2, 7, 16, 16), "images that have them"),
+])
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_remedy_fits_the_channels(weight, shape, remedy, inside):
+    model = torch.nn.Sequential(torch.nn.Conv2d(weight, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    model = Normalized(model, [0.5] * weight, [0.25] * weight) if inside else model
+    with pytest.raises(ValueError, match=remedy):
+        explain(model, torch.rand(shape), "rise", n_masks=4)
+
+
+def test_a_baseline_may_be_a_number_or_a_colour():
+    model, images = load_model("plain_cnn"), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for name, option in (("integrated_gradcam", "baseline"), ("integrated_gradients", "baseline"), ("occlusion", "fill")):
+        same = [explain(model, images, name, 1, **{option: value}) for value in (0.5, (0.5, 0.5, 0.5), np.full(3, 0.5), torch.full((3, 1, 1), 0.5))]
+        assert all(torch.equal(same[0], other) for other in same[1:]) and not torch.equal(same[0], explain(model, images, name, 1))
+    for wrong in (None, (0.1, 0.2), torch.zeros(2, 7, 7), "white", {}):
+        with pytest.raises(ValueError, match="unknown fill .*a value per channel"):
+            explain(model, images, "rise", 1, n_masks=4, fill=wrong)
+
+
+def test_targets_of_gradcam():
+    class ClassifierOutputTarget:
+        category = 3
+    model, images = load_model("plain_cnn"), torch.rand(1, 3, 32, 32)
+    for wrong in (ClassifierOutputTarget(), [ClassifierOutputTarget()], ["cat"], [[1], [2, 3]], {"a": 1}):
+        with pytest.raises(TypeError, match="class indices"):
+            explain(model, images, target=wrong)
+
+
+def test_masked_images_without_a_score():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 3))
+    with pytest.raises(ValueError, match="NaN for masked images"):
+        explain(model, torch.rand(1, 3, 8, 8), "rise", 1, n_masks=4, fill=float("nan"))
 
 
 def test_counts_of_numpy():

@@ -143,10 +143,12 @@ def test_show(folders, monkeypatch):
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
     save("sise", "t", [record({"row": "B"}, 70.0 + s, "%", n=9, seed=s) for s in range(3)])
     table = show("sise", "t")
-    assert list(table.columns) == ["paper", "quick", "gpu"] and list(table.index) == ["A", "B"]
+    assert list(table.columns) == ["quick", "gpu"] and list(table.index) == ["A", "B"]
     assert table.loc["A", "quick"] == "2 %, n=3"   # the higher version
     assert table.loc["B", "gpu"] == "71.0 [68.5, 73.5] %, 3 seeds"
     assert str(show("sise", "t")) == str(table)
+    save("sise", "t", [record({"row": "B"}, 70.0, "%", n=9, seed=0, paper={"value": 71, "source": "Table 1"})])
+    assert dict(show("sise", "t")["paper"]) == {"A": "not available", "B": "71 (Table 1)"}
     notice = show("sise", "absent")
     assert len(notice) == 1 and "reproduce --record" in notice.iloc[0, 0]
 

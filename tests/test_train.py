@@ -382,6 +382,7 @@ def test_damaged_checkpoint(tmp_path, damage):
     (dict(lr=0.1), small_net(), "of another run .lr 0.05 there, 0.1 here"),
     (dict(fingerprint="other"), small_net(), "fingerprint '' there, 'other' here"),
     ({}, nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), "of another network"),
+    ({}, nn.Sequential(*small_net()[:2], nn.GELU(), *small_net()[3:]), "of another network .the weights fit, the layers differ"),
     (dict(model="plain_cnn"), None, "model 'own' there, 'plain_cnn' here"),
 ])
 def test_checkpoint_of_another_run(tmp_path, change, model, words):

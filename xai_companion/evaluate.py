@@ -75,10 +75,12 @@ def model_fingerprint(model: nn.Module) -> str:
     return _digest([tensor for _, tensor in (*model.named_parameters(), *model.named_buffers())])
 
 def _structure(model):
-    "Eight hexadecimal digits that depend on the modules, their options and the code of their forward passes"
+    "Eight hexadecimal digits that depend on the modules, their options and attributes, and the code of their forward passes"
     model = plain_module(model)
     forwards = dict.fromkeys(getattr(m.forward, "__func__", m.forward) for m in model.modules())
-    return _code_digest(forwards, re.sub(r" at 0x\w+", "", str(model)))
+    own = [f"{name}.{k}={v!r}" for name, m in model.named_modules() for k, v in sorted(vars(m).items())
+           if not k.startswith("_") and k != "training" and isinstance(v, (bool, int, float, str, tuple, list))]
+    return _code_digest(forwards, re.sub(r" at 0x\w+", "", "\n".join([str(model), *own])))
 
 # %% ../nbs/50_evaluate.ipynb #d20dbcae
 def seeded_order(count: int,  # images in the set
@@ -129,11 +131,7 @@ def load_units(data: ImageSet,
     return Units(torch.stack(images).to(device, dtype), torch.tensor(target, device=device), masks, facts)
 
 # %% ../nbs/50_evaluate.ipynb #b0f3671a
-def _pointing(maps, masks):
-    "The pointing game with the usual tolerance, 15 pixels at 224, in proportion"
-    return pointing_game(maps, masks, round(max(maps.shape[2:]) * 15 / 224))
-
-_PLACES = {"ebpg": ebpg, "miou": miou, "bbox": bbox_score, "pointing": _pointing}
+_PLACES = {"ebpg": ebpg, "miou": miou, "bbox": bbox_score, "pointing": pointing_game}
 _CURVES = {"insertion": insertion_auc, "deletion": deletion_auc}
 _PAIRS = {"drop": (confidence_pair, drop), "increase": (confidence_pair, increase),
           "soft_drop": (soft_confidence_pair, drop), "soft_increase": (soft_confidence_pair, increase)}

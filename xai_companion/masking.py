@@ -20,13 +20,23 @@ from .models import Normalized
 from .scores import check_logits, check_score, check_target, scores_at
 
 # %% ../nbs/07_masking.ipynb #8a70a849
+def _spread(fill, images):
+    "A number, a value per channel or a tensor at the size of the images"
+    try:
+        value = torch.as_tensor(fill).to(images)
+        return (value.view(-1, 1, 1) if value.dim() == 1 else value).expand_as(images)
+    except (RuntimeError, TypeError, ValueError) as error:
+        what = f"tensor {tuple(fill.shape)}" if isinstance(fill, Tensor) else repr(fill)
+        raise ValueError(f"unknown fill {what}: use 'black', 'mean', 'blur', a number, a value per channel, or a tensor that "
+                         f"broadcasts against {tuple(images.shape)}") from error
+
 def hidden(images: Tensor,        # (N, C, H, W) in [0, 1]
-           fill: str | Tensor = "black",  # "black", "mean", "blur", or a tensor that broadcasts against `images`
+           fill: str | float | tuple | Tensor = "black",  # "black", "mean", "blur", a number, a value per channel or a tensor
            model: nn.Module | None = None,  # with a `Normalized` in it, for fill="mean"
            ) -> Tensor:
     "The images with everything hidden, (N, C, H, W)"
-    if isinstance(fill, Tensor):
-        return fill.to(images).expand_as(images)
+    if not isinstance(fill, str):
+        return _spread(fill, images)
     if fill == "black":
         return torch.zeros_like(images)
     if fill == "blur":
@@ -37,7 +47,7 @@ def hidden(images: Tensor,        # (N, C, H, W) in [0, 1]
         if mean is None:
             raise ValueError("fill='mean' needs a model that knows its mean: wrap it in models.Normalized(model, mean, std)")
         return mean.to(images).expand_as(images)
-    raise ValueError(f"unknown fill {fill!r}: use 'black', 'mean', 'blur' or a tensor")
+    raise ValueError(f"unknown fill {fill!r}: use 'black', 'mean', 'blur', a number, a value per channel or a tensor")
 
 # %% ../nbs/07_masking.ipynb #4381a03f
 def normalize_map(maps: Tensor  # (N, 1, H, W)
@@ -185,4 +195,7 @@ def masked_scores(model: nn.Module,  # takes images in [0, 1], returns logits (N
 
     with evaluating(model), torch.inference_mode(), torch.autocast(images.device.type, dtype) if dtype else nullcontext():
         in_chunks(step, len(index), default_chunk(images) if chunk is None else chunk, title)
+    if scores.isnan().any():
+        raise ValueError("the model returns NaN for masked images: " + ("its numbers overflow in half precision, use dtype=None" if dtype
+                         else "its weights may hold NaN after a training that diverged, or the images or the fill do"))
     return scores

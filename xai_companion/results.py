@@ -214,10 +214,12 @@ def _labels(configs):
     def differing(subset):
         keys = dict.fromkeys(k for c in subset for k in c if k not in ("row", "version"))
         return [k for k in keys if len({canonical(c.get(k)) for c in subset}) > 1]
+    def entry(name, value):
+        return value if isinstance(value, str) and value not in ("yes", "no") else f"{name}={value}"
     def label(config):
         row = config.get("row")
         subset = [c for c in configs if c.get("row") == row]
-        entries = [f"{k}={config[k]}" for k in differing(subset) if k in config]
+        entries = [entry(k, config[k]) for k in differing(subset) if k in config]
         if row is None and not entries:
             entries = [f"{k}={v}" for k, v in config.items() if k != "version"]
         return ", ".join([row] * (row is not None) + entries)
@@ -252,7 +254,8 @@ def _table(columns):
     for rows in columns.values():
         for key, records in rows.items():
             every.setdefault(key, []).extend(records)
-    body = {"paper": [_paper_cell(records) for records in every.values()]}
+    printed = [_paper_cell(records) for records in every.values()]
+    body = {"paper": printed} if set(printed) != {NOT_AVAILABLE} else {}
     for name, rows in columns.items():
         body[name] = [_cell(rows[key]) if key in rows else "-" for key in every]
     return Table(body, index=_labels([records[0]["config"] for records in every.values()]))

@@ -31,7 +31,11 @@ def check_target(target,       # an int, a list of ints or a tensor (N,)
     "The target class of each image, (n,) of int64"
     if isinstance(target, str):
         raise TypeError(f"target must be class indices, got {target!r}: models.find_class gives the index of a name")
-    target = torch.as_tensor(target)
+    try:
+        target = torch.as_tensor(target)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"target must be class indices (None, an int, a list of ints or a tensor), got {target!r:.80}: of "
+                        "grad-cam's ClassifierOutputTarget(281) give the 281") from error
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target must be class indices, got {target.dtype}")
     if target.dim() > 1 or (target.dim() == 1 and len(target) != n):
@@ -46,6 +50,9 @@ def pick_target(logits: Tensor,  # (N, K)
                 ) -> Tensor:
     "The class to explain for each image, (N,): `target`, or the predicted class"
     if target is None:
+        if logits.isnan().any():
+            raise ValueError("the model returns NaN: its weights may hold NaN after a training that diverged, or numbers overflow in "
+                             "half precision")
         return logits.argmax(1)
     return check_target(target, *logits.shape).to(logits.device)
 

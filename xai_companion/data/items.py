@@ -20,6 +20,10 @@ def box_mask(boxes: Tensor,  # (M, 4): x0, y0, x1, y1, edges in pixels
              ) -> Tensor:    # bool (1, H, W)
     "The pixels whose centre lies in one of the boxes"
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    swapped = (boxes[:, 2:] < boxes[:, :2]).any(1).nonzero().flatten().tolist()
+    if swapped:
+        raise ValueError(f"a box is x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, box {swapped[0]} is {boxes[swapped[0]].tolist()}: "
+                         "of x, y, width, height give x, y, x + width, y + height")
     rows, columns = (torch.arange(side) + 0.5 for side in size)
     inside_x = (boxes[:, :1] <= columns) & (columns < boxes[:, 2:3])
     inside_y = (boxes[:, 1:2] <= rows) & (rows < boxes[:, 3:4])

@@ -7,6 +7,7 @@ __all__ = ['sum_channels', 'max_channels', 'CaptumExplainer', 'Saliency', 'Integ
            'ShapleySampling', 'DeepLift', 'as_quantus']
 
 # %% ../../nbs/19_explain.adapters.ipynb #3139f748
+import re
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/19_explain.adapters.ipynb #e218b621
 from ..core import seeded
-from .base import Explainer, check_counts, get_explainer
+from .base import DETACHED, Explainer, check_counts, get_explainer
 from ..hooks import unwrapped, watch
 from ..masking import hidden
 
@@ -33,6 +34,16 @@ def max_channels(attributions: Tensor  # (N, C, H, W)
     return attributions.abs().amax(1, keepdim=True)
 
 # %% ../../nbs/19_explain.adapters.ipynb #0d37aa1e
+@contextmanager
+def _differentiable():
+    "Translate autograd's messages about a score that does not depend on the image"
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("not require grad|not have been used", str(error)):
+            raise
+        raise ValueError(DETACHED) from error
+
 class CaptumExplainer(Explainer):
     "A method of captum; subclasses say which one and with what arguments"
     method = None                        # name of the class in captum.attr
@@ -62,7 +73,7 @@ class CaptumExplainer(Explainer):
         target, baseline = self.pick_target(images, target), hidden(images, self.baseline, self.model)
         maps = []
         for part, classes, base in zip(images.split(size), target.split(size), baseline.split(size), strict=True):
-            with torch.enable_grad(), seeded(self.seed):
+            with torch.enable_grad(), seeded(self.seed), _differentiable():
                 maps.append(self.reduce(self.call(part.clone().requires_grad_(), classes, base)).detach())
         return torch.cat(maps)
 

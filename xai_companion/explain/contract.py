@@ -235,6 +235,12 @@ def assert_raises(call, words: str):
     else:
         raise AssertionError(f"nothing was raised where {words!r} was expected")
 
+class _Shifts(nn.Module):
+    "Subtracts from its input where it lies"
+    def forward(self, x):
+        x -= 0.1
+        return x
+
 class _Wrapped(nn.Module):
     "A network whose output is put into something else"
     def __init__(self, network, wrap):
@@ -249,9 +255,11 @@ class _Wrapped(nn.Module):
 def bad_input_is_named(make):
     for words, (images, target) in bad_calls().items():
         assert_raises(lambda: make(trap_network()).attribute(images, target), words)  # noqa: B023
-    outputs = {"dict": lambda y: {"logits": y}, "tuple": lambda y: (y, y), r"logits \(N, K\)": lambda y: y[:, :, None]}
+    outputs = {"dict": lambda y: {"logits": y}, "tuple": lambda y: (y, y), r"logits \(N, K\)": lambda y: y[:, :, None],
+               "returns NaN": lambda y: y * float("nan")}
     for words, wrap in outputs.items():
         assert_raises(lambda: make(_Wrapped(trap_network(), wrap)).attribute(trap_images()), words)  # noqa: B023
+    assert_raises(lambda: make(nn.Sequential(_Shifts(), *trap_network())).attribute(trap_images()), "changes its input in place")
     if "layers" in inspect.signature(make).parameters:
         assert_raises(lambda: make(trap_network(), layers="layer9").attribute(trap_images()), "no layer 'layer9'")
         unused = trap_network()

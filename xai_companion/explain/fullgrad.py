@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 # %% ../../nbs/18_explain.fullgrad.ipynb #2f9e5889
-from .base import Explainer, check_counts
+from .base import DETACHED, Explainer, check_counts
 from ..hooks import capture, unwrapped, watch
 from ..masking import upsample
 from ..models import Normalized
@@ -120,8 +120,7 @@ def full_gradient(model: nn.Module,  # in evaluation mode
         wanted = [leaf, *acts.values()]
         first, *grads = torch.autograd.grad(score.sum(), wanted, allow_unused=True) if score.requires_grad else [None]
     if first is None:
-        raise ValueError("the class score does not depend on the image in a differentiable way: "
-                         "take out what detaches or rounds it in the model's forward")
+        raise ValueError(DETACHED)
     terms = {"input": first * images, "normaliser": -first * input_shift(model)}
     for (name, act), grad in zip(acts.items(), grads, strict=True):
         if grad is not None:

@@ -115,13 +115,14 @@ def bbox_score(maps: Tensor,   # (N, 1, H, W)
 # %% ../../nbs/30_metrics.localization.ipynb #388c23ff
 def pointing_game(maps: Tensor,   # (N, 1, H, W)
                   masks: Tensor,  # bool (N, 1, H, W): the object
-                  tolerance: float = 15,  # pixels that the maximum may be away from the mask; 15 is for images of 224
+                  tolerance: float | None = None,  # pixels that the maximum may be away from the mask; default: 15 at 224, in proportion
                   ) -> Tensor:
     "1 where the map's maximum lies in the mask or near it, else 0, (N,)"
     maps, masks = _checked(maps, masks)
+    height, width = maps.shape[2:]
+    tolerance = round(max(height, width) * 15 / 224) if tolerance is None else tolerance
     if not tolerance >= 0:
         raise ValueError(f"tolerance is a distance in pixels, at least 0; got {tolerance!r}")
-    height, width = maps.shape[2:]
     peak = maps.flatten(1).argmax(1)[:, None]
     down = torch.arange(height, device=maps.device) - peak // width
     right = torch.arange(width, device=maps.device) - peak % width

@@ -34,8 +34,8 @@ def save_run(run, folder: Path):
         raise RuntimeError(f"the loss or the weights are no longer finite after step {run.done}: take a lower lr or a "
                            "longer warm-up. The last checkpoint is from before and intact.")
     write_whole(folder / "checkpoint.pt", packed({
-        "format": 2, "config": asdict(run.config), "images": run.data.fingerprint, "done": run.done, "seconds": run.seconds, "sums": run.sums,
-        "log": run.log, "state_dict": weights, "recipe": run.recipe.state(), "meta": describe(run),
+        "format": 2, "config": asdict(run.config), "images": run.data.fingerprint, "network": str(unwrapped(run.model)), "done": run.done,
+        "seconds": run.seconds, "sums": run.sums, "log": run.log, "state_dict": weights, "recipe": run.recipe.state(), "meta": describe(run),
         "optimizers": {part: optimizer.state_dict() for part, optimizer in run.optimizers.items()}}))
     write_log(folder / "log.csv", run.log)
 
@@ -52,8 +52,11 @@ def restore_run(run, folder: Path):
     if other:
         raise ValueError(f"{file} is of another run ({', '.join(other)}): name another folder, or start afresh "
                          "(--fresh, or resume=False), which overwrites it")
+    network = unwrapped(run.model)
     try:
-        unwrapped(run.model).load_state_dict(stored["state_dict"])
+        network.load_state_dict(stored["state_dict"])
+        if stored.get("network", str(network)) != str(network):
+            raise ValueError("the weights fit, the layers differ")
         run.recipe.restore(stored["recipe"])
         for part, optimizer in run.optimizers.items():
             optimizer.load_state_dict(stored["optimizers"][part])
