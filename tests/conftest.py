@@ -9,6 +9,9 @@ import pytest
 from filelock import FileLock
 from pretended import AVAILABLE, register
 
+from xai_companion.core import FLOAT32
+
+os.environ |= FLOAT32
 ROOT = Path(__file__).resolve().parent.parent
 if AVAILABLE:
     register()

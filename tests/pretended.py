@@ -14,7 +14,8 @@ from torch.utils import backend_registration as registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = "pretended"
-AVAILABLE = hasattr(registration, "_setup_privateuseone_for_python_backend")  # torch 2.10 and newer
+# torch 2.10 and newer; beside a real GPU it could pass for the accelerator of the process
+AVAILABLE = hasattr(registration, "_setup_privateuseone_for_python_backend") and not torch.cuda.is_available()
 aten = torch.ops.aten
 
 COPIES = {aten._to_copy.default, aten.copy_.default}  # between devices: allowed

@@ -264,3 +264,8 @@ def test_every_table_is_shown():
     stored = {(file.parent.name, file.name.split(".")[0]) for file in STORED}
     missing = (stored | coming).difference(*(tables_of(call) for _, call, _ in SHOWN))
     assert not missing, f"no page shows {sorted(missing)}"
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch):
+    monkeypatch.setenv("XAI_COMPANION_COMMIT", "0123456789ab")
+    assert record({"row": "A"}, 1.0, "%", n=3)["provenance"]["commit"] == "0123456789ab"

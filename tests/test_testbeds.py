@@ -12,7 +12,7 @@ from test_datasets import coco_content, needs_coco, write_coco, write_elpv, writ
 from xai_companion import testbeds
 from xai_companion.cli import main
 from xai_companion.evaluate import differences
-from xai_companion.explain import GradCAM, HiResCAM
+from xai_companion.explain import GradCAM, HiResCAM, LayerCAM
 from xai_companion.models import load_model
 from xai_companion.testbeds import (
     CURVES,
@@ -117,6 +117,19 @@ def test_limits_reach_the_evaluation(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_testbeds(lambda network, bed: {}, n=1000, budget=250)
     assert (asked["n"], asked["budget"], asked["batch"]) == (7, 1800, 1)
+
+
+def test_a_time_box_that_ends_early_leaves_the_explainers_that_are_done(monkeypatch, tmp_path):
+    monkeypatch.setitem(TESTBEDS, "plain", replace(TESTBEDS["plain"], own={"cpu": (4, 60)}))
+    monkeypatch.setitem(OF_PROFILE, "cpu", ("plain",))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
+    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
+    both = {"Grad-CAM": GradCAM, "LayerCAM": LayerCAM}
+    assert run_testbeds(lambda network, bed: {k: v(network) for k, v in both.items()}, n=4, finished=True) == []
+    run_testbeds(lambda network, bed: {"LayerCAM": LayerCAM(network)}, n=4)
+    monkeypatch.setattr(LayerCAM, "compute", None)  # nothing is computed again
+    [run] = run_testbeds(lambda network, bed: {k: v(network) for k, v in both.items()}, n=4, finished=True)
+    assert set(run.frame.explainer) == {"LayerCAM"} and run.frame.position.nunique() == 4
 
 
 def test_what_is_missing_is_named(paper_profile, capsys):

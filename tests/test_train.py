@@ -39,7 +39,7 @@ from xai_companion.train import (
     tensors,
     to_tensors,
 )
-from xai_companion.train.checkpoint import save_weights
+from xai_companion.train.checkpoint import save_run, save_weights
 from xai_companion.train.files import COLUMNS, alone, write_whole
 from xai_companion.train.loop import prepare
 from xai_companion.train.recipes import CrossEntropy, Views
@@ -367,6 +367,20 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="b.txt could not be written.*No space left.*intact"):
         write_whole(tmp_path / "a" / "b.txt", b"two")
     assert [f.read_bytes() for f in (tmp_path / "a").iterdir()] == [b"one"]
+
+
+def test_checkpoints_cost_little_of_a_run_with_short_epochs(monkeypatch, tmp_path):
+    "Writing takes as long as many epochs: only the first end of an epoch and that of the run are kept"
+    kept = []
+
+    def slow(run, folder):
+        kept.append(run.done)
+        time.sleep(0.5)
+        save_run(run, folder)
+
+    monkeypatch.setattr("xai_companion.train.loop.save_run", slow)
+    run = fit(replace(BASE, epochs=12), toy(), model=small_net(), folder=tmp_path)
+    assert kept == [run.per_epoch, run.steps] and len(pd.read_csv(tmp_path / "log.csv")) == 12
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b"PK" + b[40:], lambda b: b"text"])

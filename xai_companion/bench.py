@@ -23,7 +23,7 @@ from torch import nn
 
 # %% ../nbs/66_bench.ipynb #9fdcb478
 from . import __version__
-from .core import by_profile, pick_device, settings
+from .core import FLOAT32, by_profile, pick_device, settings
 from .data.photos import photos
 from .explain import (RISE, SISE, AdaSISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradCAM,
                                    IntegratedGradients, LayerCAM, ScoreCAM)
@@ -318,7 +318,7 @@ def store_measured(folder: Path):  # that of `bench_steps`
 def bench(record: bool = False  # store in results/bench/?
           ) -> int:
     "Time every contestant on every network and print the tables; the exit code"
-    os.environ["XAI_COMPANION_REPORT"] = "1"
+    os.environ |= FLOAT32 | {"XAI_COMPANION_REPORT": "1"}
     if record:
         os.environ["XAI_COMPANION_RECORD"] = "1"
     start, folder = time.perf_counter(), settings().reports / "bench" / "measured" / settings().profile

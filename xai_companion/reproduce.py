@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import pick_device, settings
+from .core import FLOAT32, pick_device, settings
 from .notebooks import check_tools, choose, find_papers, paper_name, run_notebook, show_plan, steps_taken
 from .overview import claims_overview
 from .results import ANSWER, compare, load
@@ -124,7 +124,7 @@ def _environment(now, papers, record, scratch, until):
     env = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "XAI_COMPANION_RECORD", TIME_BOX)}
     env |= {} if until is None else {TIME_BOX: str(until)}
     env |= {f"XAI_COMPANION_{k.upper()}": str(getattr(now, k)) for k in ("profile", "data", "results", "reports")}
-    env |= {"XAI_COMPANION_QUIET": "1", "XAI_COMPANION_REPORT": "1", "XAI_COMPANION_COMMAND": " ".join(words)}
+    env |= FLOAT32 | {"XAI_COMPANION_QUIET": "1", "XAI_COMPANION_REPORT": "1", "XAI_COMPANION_COMMAND": " ".join(words)}
     return env | {"IPYTHONDIR": scratch} | ({"XAI_COMPANION_RECORD": "1"} if record else {})
 
 def _table_names(root, paper, profile):

@@ -168,11 +168,13 @@ def methods(model: nn.Module,
     masks = by_profile(smoke=20, quick=200, cpu=1000, gpu=8000)
     steps = by_profile(smoke=2, quick=50, cpu=100, gpu=800)
     areas, stride = by_profile(smoke=(0.05, 0.2), gpu=(0.025, 0.05, 0.1, 0.2)), 800 / steps
+    pairs = 256 if next(model.parameters()).is_cuda else 16
     few, short = (f" ({masks} masks)" if masks < 8000 else ""), (f" ({steps} steps, 2 areas)" if steps < 800 else "")
     return {
         "Grad-CAM": GradCAM(model),
         "Grad-CAM++": GradCAMPlusPlus(model),
-        "Extremal Perturbation" + short: ExtremalPerturbation(model, areas=areas, steps=steps, lr=0.01 * stride, growth=1.0035**stride),
+        "Extremal Perturbation" + short: ExtremalPerturbation(model, areas=areas, steps=steps, lr=0.01 * stride, growth=1.0035**stride,
+                                                               chunk=pairs),
         "RISE" + few: RISE(model, n_masks=masks, **options),
         "Score-CAM": ScoreCAM(model, **options),
         "Integrated Gradients": IntegratedGradients(model),
@@ -268,12 +270,17 @@ def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explai
                  budget: float | None = None,  # seconds per explainer, where the testbed has no limit of its own
                  device="cpu",
                  metrics=None,          # names in `METRICS`; default: the testbed's
+                 finished: bool = False,  # only the explainers of which nothing is left to do
                  ) -> list[Run]:
     "Evaluate on every testbed of the current profile that is present; from the cpu profile on it goes on where it stopped"
     runs = []
     for name, (bed, network, data) in testbeds(device).items():
-        about = _arguments(bed, data, n, budget, device, metrics)
-        frame = evaluate(explainers(network, bed), **about)
+        about, chosen = _arguments(bed, data, n, budget, device, metrics), explainers(network, bed)
+        if finished:
+            chosen = {label: explainer for label, explainer in chosen.items() if is_finished({label: explainer}, **about)}
+            if not chosen:
+                continue
+        frame = evaluate(chosen, **about)
         counts, units = frame.groupby("explainer", sort=False).position.nunique(), frame.drop_duplicates(["position", "label"])
         print(f"{bed.title}: {counts.max()} images" + (f", {counts.min()} for the slowest" if counts.min() < counts.max() else "")
               + f"; the class that is explained is the predicted one in {(units.predicted == units.label).mean():.0%}")

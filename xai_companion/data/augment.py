@@ -50,10 +50,10 @@ def random_crop(images: Tensor,              # uint8 or float (N, C, H, W)
     count, channels, height, width = images.shape
     corner = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
     mirror = (torch.rand(count, 1, generator=generator) < 0.5) & flip
-    along = torch.arange(width)
-    rows = corner[0] + torch.arange(height)
+    corner, mirror = _sent(corner, images), _sent(mirror, images)
+    along = torch.arange(width, device=images.device)
+    rows = corner[0] + torch.arange(height, device=images.device)
     columns = corner[1] + torch.where(mirror, along.flip(0), along)
-    rows, columns = _sent(rows, images), _sent(columns, images)
     place = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).flatten(1)
     wide = F.pad(images, [pad] * 4).flatten(2)
     return wide.gather(2, place[:, None].expand(-1, channels, -1)).view(images.shape)

@@ -122,8 +122,8 @@ class SmoothGrad(CaptumExplainer, name="smoothgrad"):
         spread = self.noise * (images.max() - images.min())
         for start in range(0, self.samples, self.chunk):
             count = min(self.chunk, self.samples - start)
-            noise = torch.cat([torch.randn(images.shape, device=images.device) for _ in range(count)])
-            noisy = images + spread * noise.to(images.dtype)
+            noise = torch.cat([torch.randn(images.shape) for _ in range(count)])  # on the CPU: the same numbers on every device
+            noisy = images + spread * noise.to(images)
             total = total + saliency.attribute(noisy.requires_grad_(), target=target, abs=False).float().sum(0, keepdim=True)
         return total / self.samples
 

@@ -35,7 +35,8 @@ def sensitivity(explainer: Explainer,  # any explainer of this companion, such a
         return (explainer.attribute(images[0] if isinstance(images, tuple) else images, target),)
 
     def noisy(images, radius):
-        return (images + radius * (2 * torch.rand_like(images) - 1)).clamp(0, 1)
+        drawn = torch.rand_like(images.cpu()).to(images)  # the same numbers on every device
+        return (images + radius * (2 * drawn - 1)).clamp(0, 1)
 
     values = []
     with undisturbed(explainer.model, images) as images:

@@ -48,10 +48,11 @@ def make_optimizer(parameters,     # what learns
                    config: Config,
                    ) -> torch.optim.Optimizer:
     "The optimiser of a config"
+    parameters = list(parameters)
+    about = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": parameters[0].is_cuda or None}  # one kernel for all
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    nesterov = config.optimizer == "sgd"
-    return torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, nesterov=nesterov, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, **about)
+    return torch.optim.SGD(parameters, momentum=0.9, nesterov=config.optimizer == "sgd", **about)
 
 # %% ../../nbs/43_train.loop.ipynb #513fa656
 def loss_and_accuracy(model: nn.Module,  # takes images in [0, 1], returns logits (N, K)
@@ -308,7 +309,7 @@ def _begin(run: Run, folder: Path, resume: bool):
 def _steps(run: Run, folder: Path | None, every: float):
     "Train from where the run stands to its end"
     start = saved = time.monotonic()
-    before = run.seconds
+    before, writing = run.seconds, 0.0
     with progress(range(run.done, run.steps), f"{run.config.recipe} {run.config.model}", unit="step") as bar:
         for _ in bar:
             run.step()
@@ -322,6 +323,9 @@ def _steps(run: Run, folder: Path | None, every: float):
             if run.ends_pass:
                 run.close()
                 run.recipe.watch(run.log)
-            if folder and (run.ends_pass or now - saved > every):
+            due = min(every, 20 * writing) if run.ends_pass else every
+            if folder and (run.done == run.steps or now - saved > due):
+                began = time.monotonic()
                 save_run(run, folder)
-                saved = now
+                saved = time.monotonic()
+                writing = saved - began
