@@ -372,11 +372,18 @@ def test_gpu_profile_of_excon_and_then_the_explainers(gpu_page, monkeypatch, cap
         gpu_page("05_excon")
     assert re.search(r"plan: 0 of \d+ steps left", capsys.readouterr().out) and not gpu_page.fitted
 
+    monkeypatch.setenv("XAI_COMPANION_UNTIL", str(time.time() + 40))  # for some steps of half a minute as planned, not for 16
+    with pytest.raises(OutOfTime, match="takes about 0:30 min"):
+        gpu_page("02_ada_sise")
+    kept = json.loads((gpu_page.root / "reports" / "ada_sise" / "quality_tiny_resnet18.gpu.json").read_text())
+    assert "SISE" in {row["config"]["row"] for row in kept}
+    capsys.readouterr()
+
     monkeypatch.setenv("XAI_COMPANION_UNTIL", "inf")
     found = gpu_page("02_ada_sise")
     said = capsys.readouterr().out
     assert [run.name for run in found["runs"]] == list(OF_PROFILE["gpu"]) and "not run" not in said
-    assert "step: 1 of 16, ResNet-18, Tiny ImageNet at 64 pixels: SISE ..." in said
+    assert "of 16, " in said and "step: 1 of 16" not in said  # done in the time box
     for run in found["runs"]:
         assert run.frame[list(run.metrics)].notna().all().all()
     monkeypatch.setenv("XAI_COMPANION_UNTIL", "0")
