@@ -132,6 +132,13 @@ def test_a_time_box_that_ends_early_leaves_the_explainers_that_are_done(monkeypa
     assert set(run.frame.explainer) == {"LayerCAM"} and run.frame.position.nunique() == 4
 
 
+def test_extremal_perturbation_has_the_areas_of_its_paper(monkeypatch):
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "paper")
+    network = load_model("plain_cnn")
+    areas = {name: testbeds.methods(network, TESTBEDS[name])["Extremal Perturbation"].areas for name in ("voc2007_vgg16", "coco2014_vgg16")}
+    assert areas == {"voc2007_vgg16": (0.025, 0.05, 0.1, 0.2), "coco2014_vgg16": (0.018, 0.025, 0.05, 0.1)}
+
+
 def test_what_is_missing_is_named(paper_profile, capsys):
     assert present() == {}
     said = capsys.readouterr().out
