@@ -377,7 +377,7 @@ def test_gpu_profile_of_excon_and_then_the_explainers(gpu_page, monkeypatch, cap
         gpu_page("02_ada_sise")
     kept = json.loads((gpu_page.root / "reports" / "ada_sise" / "quality_tiny_resnet18.gpu.json").read_text())
     assert "SISE" in {row["config"]["row"] for row in kept}
-    capsys.readouterr()
+    assert "step: 1 of 16, ResNet-18, Tiny ImageNet at 64 pixels: SISE ..." in capsys.readouterr().out
 
     monkeypatch.setenv("XAI_COMPANION_UNTIL", "inf")
     found = gpu_page("02_ada_sise")

@@ -44,6 +44,7 @@ class Testbed:
     score: str = "softmax"       # what a class score is; "sigmoid" for multi-label networks
     batch: int = 8               # images at a time
     dtype: torch.dtype | None = None  # of the passes over masked images: torch.bfloat16 under autocast, or None for float32
+    areas: tuple = (0.025, 0.05, 0.1, 0.2)  # shares of the image that Extremal Perturbation keeps: its paper's for VOC
     own: dict = field(default_factory=dict)  # limits by profile: images at most, and seconds per explainer; others: as the page asks
 
     def limits(self,
@@ -118,10 +119,10 @@ def _checkpoint(name, file, remedy=""):
         return load_model(name, weights=path, num_classes=len(data.classes), classes=data.classes, device=device)
     return model
 
-def _published(network, title, name, split, score, **options):
+def _published(network, title, name, split, score, areas=Testbed.areas, **options):
     "A testbed of the papers"
     return Testbed(f"{network}, {title}", _checkpoint(network, f"{name}_{network}.pt"), lambda: load_dataset(name, split, **options),
-                   size=None if name == "severstal" else 224, score=score)
+                   size=None if name == "severstal" else 224, score=score, areas=areas)
 
 TRAIN_ELPV = "xai-companion train --data elpv --model resnet18 --size 224 --epochs 60"
 
@@ -140,8 +141,8 @@ TESTBEDS = {
     "tiny_resnet18": Testbed("ResNet-18, Tiny ImageNet at 64 pixels", _of_excon, lambda: load_dataset("tiny_imagenet"), size=64, batch=50,
                              metrics=LOCALIZATION + MASKED + CURVES, dtype=torch.bfloat16),
     "elpv_resnet18": _elpv(),
-    **{f"{name}_{network}": _published(network, title, name, split, score)
-       for name, title, split, score in (("voc2007", "VOC 2007 test", "test", "sigmoid"), ("coco2014", "COCO 2014 val", "val", "sigmoid"))
+    **{f"voc2007_{network}": _published(network, "VOC 2007 test", "voc2007", "test", "sigmoid") for network in ("vgg16", "resnet50")},
+    **{f"coco2014_{network}": _published(network, "COCO 2014 val", "coco2014", "val", "sigmoid", (0.018, 0.025, 0.05, 0.1))
        for network in ("vgg16", "resnet50")},
     "severstal_resnet101": _published("resnet101", "Severstal", "severstal", "val", "softmax", clean="none"),
 }
@@ -167,8 +168,7 @@ def methods(model: nn.Module,
     options = {"score": bed.score, "dtype": bed.dtype}
     masks = by_profile(smoke=20, quick=200, cpu=1000, gpu=8000)
     steps = by_profile(smoke=2, quick=50, cpu=100, gpu=800)
-    own = (0.018, 0.025, 0.05, 0.1) if "COCO" in bed.title else (0.025, 0.05, 0.1, 0.2)  # as its paper on COCO and on VOC
-    areas, stride = by_profile(smoke=(0.05, 0.2), gpu=own), 800 / steps
+    areas, stride = by_profile(smoke=(0.05, 0.2), gpu=bed.areas), 800 / steps
     pairs = 256 if next(model.parameters()).is_cuda else 16
     few, short = (f" ({masks} masks)" if masks < 8000 else ""), (f" ({steps} steps, 2 areas)" if steps < 800 else "")
     return {
