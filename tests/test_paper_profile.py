@@ -283,7 +283,7 @@ def test_page_of_edda(page, short_schedules):
     found = page("04_edda")
     networks = ("resnet18", "resnet50", "resnet56", "vgg16_bn")
     assert list(found["beds"]) == [f"{data}_{network}" for data in ("cifar100", "svhn") for network in networks]
-    assert all(set(frame.row) == {"Cross-entropy", "Random occlusion", "EDDA", "Cutout"} for frame in found["frames"].values())
+    assert all(set(frame.row) == {"Cross-entropy", "Random occlusion", "EDDA", "Cutout", "EDDA, random class"} for frame in found["frames"].values())
     rows = stored(page.root, "edda", "place")
     assert {row["config"]["on"] for row in rows} == {bed.title for bed in found["beds"].values()}
     assert {row["config"]["on"] for row in rows if row["config"]["metric"] == "Accuracy"} == {bed.title for bed in found["beds"].values()}

@@ -204,6 +204,20 @@ def test_random_occlusion_hides_as_much_as_the_explanation():
     assert not torch.equal(*masks)
 
 
+@pytest.mark.parametrize("options, progress, share", [
+    ({}, 0.5, 0.0), ({}, 0.6, 0.4), ({}, 0.75, 1.0), ({}, 0.9, 1.0), ({"ramp": 0.5}, 0.75, 0.5), ({"ramp": 0}, 0.5, 1.0)])
+def test_the_weights_rise_after_the_start(options, progress, share):
+    "Cross-entropy on the images as they are, and so much of the two further terms"
+    model = net().train()
+    recipe = ready("edda", model, options={"start": 0.5, "keep_weight": 0.5, "drop_weight": 2.0} | options)
+    views = seeded_views(recipe, model, Moment(progress=progress))
+    logits, keep, drop = model(views.images).chunk(3)
+    whole, kept = (nn.functional.cross_entropy(part, views.labels) for part in (logits, keep))
+    dropped = -drop.log_softmax(1).mean()
+    loss, _ = recipe.loss(model, views, Moment(progress=progress))
+    torch.testing.assert_close(loss, whole + share * (0.5 * kept + 2.0 * dropped))
+
+
 def test_other_class_is_another_one():
     from xai_companion.train.edda import other_classes
     labels = torch.arange(4).repeat(100)

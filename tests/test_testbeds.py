@@ -173,6 +173,16 @@ def test_comparisons_are_paired(monkeypatch, tmp_path):
     assert stored["value"] == pytest.approx(100 * (wide.b - wide.a).mean(), rel=1e-5) and stored["n"] == 4
 
 
+def test_rows_of_an_explainer_that_has_changed_carry_its_version(monkeypatch, tmp_path):
+    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
+    monkeypatch.setattr(LayerCAM, "version", 3)
+    run, = run_testbeds(lambda network, bed: {"a": GradCAM(network), "b": LayerCAM(network)}, n=2, metrics=("ebpg",))
+    run.store("sise", "quality", ["a", "b"])
+    stored = json.loads((tmp_path / "sise" / "quality_plain.smoke.json").read_text())
+    assert {(r["config"]["row"], r["config"].get("version")) for r in stored} == {("a", None), ("b", 3)}
+
+
 def test_time_counts_batches_without_the_warm_up():
     frame = pd.DataFrame({"position": range(12), "label": 0, "explainer": "a", "seconds": [9.0] * 4 + [1.0] * 4 + [2.0] * 4})
     run = Run("x", TESTBEDS["plain"], frame, ("drop",), 4, "some", "cpu")

@@ -113,14 +113,18 @@ def explanation_scores(model: nn.Module,
     if unknown := [m for m in metrics if METRICS[m].needs != "mask" and m not in ("drop", "increase", "insertion", "deletion")]:
         raise ValueError(f"no {', '.join(unknown)} here: `evaluate` measures that")
     explain = get_explainer(explainer)(model, **options).attribute
-    groups = (([m for m in metrics if METRICS[m].needs == "mask"], labels, {}),
-              ([m for m in metrics if m in ("drop", "increase")], logits_of(model, images).argmax(1), {"fill": fill}),
-              ([m for m in metrics if m in ("insertion", "deletion")], logits_of(model, images).argmax(1), {}))
-    found = {}
-    for names, target, more in groups:
-        if names:
-            maps = torch.cat([explain(part, of) for part, of in zip(images.split(100), target.split(100), strict=True)])
-            found |= measure(names, model, images, maps, target, masks, **more)
+    places, pairs, curves = ([m for m in metrics if METRICS[m].needs == "mask"], [m for m in metrics if m in ("drop", "increase")],
+                             [m for m in metrics if m in ("insertion", "deletion")])
+
+    def maps_of(target):
+        return torch.cat([explain(part, of) for part, of in zip(images.split(100), target.split(100), strict=True)])
+
+    found = measure(places, model, images, maps_of(labels), labels, masks) if places else {}
+    if pairs or curves:
+        said = logits_of(model, images).argmax(1)
+        maps = maps_of(said)
+        found |= measure(pairs, model, images, maps, said, masks, fill=fill) if pairs else {}
+        found |= measure(curves, model, images, maps, said, masks) if curves else {}
     return {name: METRICS[name].scale * found[name].nanmean().item() for name in metrics}
 
 # %% ../nbs/52_experiments.ipynb #c43d6914

@@ -23,7 +23,7 @@ LABELS = {  # columns of the facts that are numbers about the explanation: name 
     "increase": ("Increase", "images whose confidence rises then; high is good"),
     "ebpg": ("EBPG", "share of the explanation that lies on the object; high is good"),
     "bbox": ("Bbox", "share of the object that the explanation's highest pixels hit, taking as many as it has; high is good"),
-    "pointing": ("pointing game", "images whose maximum is on the object or at most 15 pixels beside it; high is good"),
+    "pointing": ("pointing game", "images whose maximum is on the object, or beside it by at most 7 % of the picture's longer side; high is good"),
     "area": ("object area", "share of the picture that the object covers: the EBPG of an even map"),
 }
 

@@ -46,7 +46,7 @@ def find_layers(model: nn.Module,  # any model; wrappers are transparent
     names = {module: name for name, module in modules.items()}
     found = {}
     for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
-        name = names.get(layer) if isinstance(layer, nn.Module) else layer
+        name = names.get(layer) if isinstance(layer, nn.Module) else str(layer)
         if not name or name not in modules:
             close = difflib.get_close_matches(str(layer), modules, 3) or [n for n in modules if n][-3:]
             what = f"{type(layer).__name__}(...)" if isinstance(layer, nn.Module) else repr(layer)

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .core import PROFILES
-from .results import TIMES, Table, grid_cell, load, summarize
+from .results import TIMES, Table, grid_cell, load, newest, summarize
 from .verdicts import CLAIMS, MARKS, difference_text, judged, overall, stored_comparisons
 from .viz import LOOK, subplots
 
@@ -250,8 +250,8 @@ def headlines(paper: str,               # sise, ada_sise, integrated_gradcam, ed
     names, lines, commands = [], [], {}
     for table, metric, methods, fixed, where in HEADLINES[paper]:
         for profile, records in load(paper, table, root).items():
-            own = [r for r in records if {"metric": metric}.items() | fixed.items() <= r["config"].items()]
-            found = {method: rows for method in methods if (rows := [r for r in own if r["config"]["row"] == method])}
+            own = [rows for rows in newest(records).values() if {"metric": metric}.items() | fixed.items() <= rows[0]["config"].items()]
+            found = {method: rows for method in methods for rows in own if rows[0]["config"]["row"] == method}
             if found:
                 r = next(iter(found.values()))[0]
                 names.append(f"{metric} ({r['unit']}), {r['config'].get('testbed', where)}")

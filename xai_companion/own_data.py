@@ -111,8 +111,8 @@ def read_class_map(path: Path | str,  # lines "folder,class"; or .json with an o
         raise FileNotFoundError(f"there is no class map {path}")
     try:
         if path.suffix.lower() == ".json":
-            return {str(k): v for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
-        with path.open(encoding="utf-8", newline="") as lines:
+            return {str(k): v for k, v in json.loads(path.read_text(encoding="utf-8-sig")).items()}
+        with path.open(encoding="utf-8-sig", newline="") as lines:
             return {folder.strip(): name.strip() for folder, name in filter(None, csv.reader(lines))}
     except (ValueError, AttributeError) as error:
         raise ValueError(
@@ -126,7 +126,7 @@ def read_boxes(path: Path | str,  # lines "file,x0,y0,x1,y1"; a first line with 
     path, found = Path(path), {}
     if not path.is_file():
         raise FileNotFoundError(f"there is no table of boxes {path}")
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel begins a file with a mark
         for number, row in enumerate(csv.reader(lines), 1):
             try:
                 if row and not (number == 1 and row[0].strip().lower() == "file"):

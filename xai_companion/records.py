@@ -103,7 +103,7 @@ def _command():
         return os.environ["XAI_COMPANION_COMMAND"]
     if "ipykernel" in sys.modules:
         return "jupyter"
-    return " ".join(Path(part).name for part in sys.argv) or "python"
+    return " ".join(re.sub(r"[^\s=]*/", "", part) for part in sys.argv) or "python"
 
 # %% ../nbs/01a_records.ipynb #091459ee
 NOT_AVAILABLE = "not available"

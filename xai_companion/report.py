@@ -203,8 +203,8 @@ for (const table of document.querySelectorAll("table.sort"))
       const up = head.getAttribute("aria-sort") !== "ascending";
       heads.forEach(h => h.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const sorted = [...table.tBodies[0].rows].sort((a, b) =>
-        (up ? 1 : -1) * value(a, i).localeCompare(value(b, i), undefined, { numeric: true }));
+      const order = (a, b) => a - b || a.localeCompare(b, undefined, { numeric: true });  // NaN of words is falsy
+      const sorted = [...table.tBodies[0].rows].sort((a, b) => (up ? 1 : -1) * order(value(a, i), value(b, i)));
       table.tBodies[0].append(...sorted);
     };
   });
@@ -230,7 +230,7 @@ def page(title: str,   # heading, and name of the window
 
 def check_place(path: Path | str,  # the file to write later
                 ) -> Path:
-    "The path of a report; an error if no file can be written there"
+    "The path of a report, its folder made; a folder is an error"
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file, for example {path / 'report.html'}")

@@ -24,7 +24,7 @@ from .evaluate import differences, evaluate, is_finished
 from .explain import (RISE, SISE, AdaSISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradCAM,
                                    IntegratedGradients, ScoreCAM)
 from .metrics import METRICS, Metric
-from .models import load_model
+from .models import load_model, read_weights
 from .results import save_row
 from .steps import PLANNED, TIME_BOX, Step
 from .verdicts import save_comparisons
@@ -101,10 +101,13 @@ def _lite0(title, name, metrics, model, images):
 # %% ../nbs/51_testbeds.ipynb #cbfc9bb6
 def _of_excon(device, data):
     "The ResNet-18 that ExCon's page has trained on these classes"
-    for file in (settings().reports / "train").glob(f"ce-resnet18-{data.name}-*/model.pt"):
-        model = load_model("resnet18", weights=file, device=device)
-        if model.classes == data.classes:
-            return model
+    found = {}
+    for file in sorted((settings().reports / "train").glob(f"ce-resnet18-{data.name}-*/model.pt")):
+        meta = read_weights(file)[1]
+        if meta["classes"] == data.classes:
+            found[file] = meta["config"]["epochs"]
+    if found:  # somebody may have trained a shorter one to try it
+        return load_model("resnet18", weights=max(found, key=found.get), device=device)
     raise FileNotFoundError(f"no ResNet-18 in {settings().reports / 'train'} that was trained on all classes of {data.name}: "
                             "`xai-companion reproduce excon --profile gpu` trains it")
 
@@ -201,6 +204,7 @@ class Run:
     batch: int           # images at a time
     data: str            # fingerprint of the data
     device: str
+    versions: dict = field(default_factory=dict)  # of the explainers, by the name in the frame; default: 1
     told: set = field(default_factory=set)  # explainers whose time some table holds already
 
     @property
@@ -227,13 +231,14 @@ class Run:
         frame, times = self.frame if frame is None else frame, self.times()
         for name in explainers:
             own, told = frame[frame.explainer == name].groupby("position").mean(numeric_only=True), name in self.told
+            version = self.versions.get(name, 1)
+            about = {"testbed": self.bed.title, **config} | ({"version": version} if version > 1 else {})
             for metric in metrics or (*self.metrics, "seconds"):
                 shown, timed = (SECONDS if metric == "seconds" else METRICS[metric]), metric == "seconds"
                 values = (times[name] if timed else own[metric] * shown.scale).dropna()
                 if len(values) > 1:
-                    save_row(paper, f"{table}_{self.name}", {"row": name, "metric": shown.label, "testbed": self.bed.title, **config},
-                             values, shown.unit, paper=(published or {}).get((name, metric)),
-                             seconds=own.seconds.sum() if timed and not told else None, **self.origin)
+                    save_row(paper, f"{table}_{self.name}", {"row": name, "metric": shown.label, **about}, values, shown.unit, paper=(published or {}).get((name, metric)),
+                             seconds=frame.seconds[frame.explainer == name].sum() if timed and not told else None, **self.origin)
                     self.told |= {name} if timed else set()
 
     def claim(self,
@@ -285,7 +290,8 @@ def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explai
         counts, units = frame.groupby("explainer", sort=False).position.nunique(), frame.drop_duplicates(["position", "label"])
         print(f"{bed.title}: {counts.max()} images" + (f", {counts.min()} for the slowest" if counts.min() < counts.max() else "")
               + f"; the class that is explained is the predicted one in {(units.predicted == units.label).mean():.0%}")
-        runs.append(Run(name, bed, frame, about["metrics"], about["batch"], data.fingerprint, str(device)))
+        versions = {label: explainer.version for label, explainer in chosen.items()}
+        runs.append(Run(name, bed, frame, about["metrics"], about["batch"], data.fingerprint, str(device), versions))
     return runs
 
 # %% ../nbs/51_testbeds.ipynb #0f5ba16d

@@ -41,7 +41,7 @@ def run_audit(args  # what the parser found
         if file := getattr(args, option):
             check_folder(Path(file).parent, f"--{option}")
             check_place(file)
-    out, device = Path(args.out), pick_device(args.device)
+    out, device, data_name = Path(args.out), pick_device(args.device), Path(args.data).resolve().name
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"the report is one HTML file, which a browser should know by its name: --out {out / 'audit.html'}, or {out}.html")
     model = model_from(args.model, args.weights, args.classes, device)
@@ -66,13 +66,13 @@ def run_audit(args  # what the parser found
         device=str(device),
         out=out,
         model_name=args.model,
-        data_name=Path(args.data).name,
+        data_name=data_name,
     )
     if args.table:
         found.facts.assign(
             **{f"{c}_name": [found.names[i] for i in found.facts[c]] for c in ("label", "predicted")}
         ).to_csv(args.table, index=False)
-    print(f"{args.model} on {Path(args.data).name}, {found.about['images']}:", *found.first_look, sep="\n- ")
+    print(f"{args.model} on {data_name}, {found.about['images']}:", *found.first_look, sep="\n- ")
     print(f"The report is in {out}")
     return 0
 

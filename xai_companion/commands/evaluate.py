@@ -14,9 +14,8 @@ from pathlib import Path
 from ..core import pick_device, processes
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #76f73229
-def for_classes(model, data):
+def for_classes(model, data, outputs):
     "The model, asked about the classes of the data; if the two do not fit, an error that names both"
-    import torch
     from xai_companion.testbeds import Restricted
     named = list(getattr(model, "classes", None) or ())
     if named == list(data.classes):
@@ -27,9 +26,6 @@ def for_classes(model, data):
             raise ValueError(f"the folders {', '.join(odd[:3])} are not named after one class of the model each ({', '.join(named[:3])}, ...): "
                              "rename them, or choose a model that was trained on them, with --model and --weights")
         return Restricted(model, [named.index(name) for name in data.classes], data.classes)
-    with torch.inference_mode():
-        item = data[0].image[None].to(next(model.parameters(), torch.zeros(())).device)
-        outputs = model(item).shape[1]
     if outputs == 1000 and hasattr(data, "imagenet_indices"):
         return Restricted(model, data.imagenet_indices, data.classes)
     if outputs != len(data.classes) or (named and data.name == "synthetic"):
@@ -54,14 +50,14 @@ def run_evaluate(args) -> int:
     name, root = ("imagefolder", args.data) if Path(args.data).is_dir() else (args.data, args.root)
     data = load_dataset(name, args.split, root=root)
     model = model_from(args.model, args.weights, args.classes, device)
-    check_takes(model, tuple(data[0].image.shape[1:]) if args.size is None else (args.size, args.size))
-    model = for_classes(model, data)
+    outputs = check_takes(model, tuple(data[0].image.shape[1:]) if args.size is None else (args.size, args.size))
+    model = for_classes(model, data, outputs)
     explainers = parse_methods(args.methods, model, args.score)
     if args.fresh:
         shutil.rmtree(out / "batches", ignore_errors=True)
     try:
         frame = evaluate(explainers, data, metrics, n=args.n, seed=args.seed, size=args.size, batch=args.batch, budget=args.budget,
-                         folder=out / "batches", device=str(device), score=args.score)
+                         folder=out / "batches", device=str(device), score=args.score or "softmax")
     except KeyboardInterrupt:
         print(f"stopped: the finished batches are in {out / 'batches'}, and the same command goes on from there", file=sys.stderr)
         return 130
@@ -92,7 +88,8 @@ def add_evaluate(commands):
     p.add_argument("--size", type=int, help="squash the images to this side in pixels (default: as they are)")
     p.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     p.add_argument("--budget", type=float, metavar="SECONDS", help="seconds per method; a method that needs more stops after a batch")
-    p.add_argument("--score", default="softmax", choices=("softmax", "sigmoid", "logit"), help="what a class score is (default: %(default)s)")
+    p.add_argument("--score", choices=("softmax", "sigmoid", "logit"), help="what a class score is, for metrics and methods (default: softmax, and for a "
+                   "variant of Score-CAM its own)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--out", default="evaluation", help="folder to write to (default: %(default)s)")
     p.add_argument("--fresh", action="store_true", help="forget the batches in that folder")

@@ -21,7 +21,7 @@ from ..explain import EXPLAINERS, get_explainer
 from ..explain.base import with_options
 from ..gallery import gallery
 from ..models import find_class
-from ..scores import check_logits
+from ..scores import check_logits, pick_target, scores_at
 from ..viz import method_label, overlay
 
 # %% ../../nbs/67e_commands.explain.ipynb #f2e1229f
@@ -47,12 +47,12 @@ def attribute_all(explainers: dict,        # explainer by method name
     for part in progress(images.split(batch), "explaining", unit="batch"):
         part = part.to(device)
         with torch.no_grad():
-            probability = check_logits(model(part), len(part)).softmax(1)
-        chosen = probability.argmax(1) if target is None else torch.full((len(part),), target, device=device)
+            logits = check_logits(model(part), len(part))
+        chosen = pick_target(logits, target)
         for name, explainer in explainers.items():
             maps[name].append(explainer.attribute(part, chosen).cpu())
         classes.append(chosen.cpu())
-        scores.append(probability.gather(1, chosen[:, None])[:, 0].cpu())
+        scores.append(scores_at(logits, chosen, "softmax").cpu())
     return {name: torch.cat(m) for name, m in maps.items()}, torch.cat(classes), torch.cat(scores)
 
 # %% ../../nbs/67e_commands.explain.ipynb #142982c3

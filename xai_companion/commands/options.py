@@ -21,7 +21,7 @@ from torch import nn
 from ..explain import MaskedExplainer, get_explainer
 from ..explain.base import check_counts, with_options
 from ..hooks import evaluating, unwrapped
-from ..models import BEST, _fill, _read_weights, load_model
+from ..models import BEST, fill_weights, load_model, read_weights
 from ..scores import check_logits
 
 # %% ../../nbs/67_commands.options.ipynb #c3e2d471
@@ -48,14 +48,14 @@ def names_in(text: str  # NAME,NAME,...; commas in brackets belong to a name
 # %% ../../nbs/67_commands.options.ipynb #dfd300ab
 def parse_methods(text: str,         # NAME,NAME:OPTION=VALUE,...; commas in brackets belong to a value
                   model: nn.Module,  # that they explain
-                  score: str = "softmax",  # of the methods that score masked images, unless they name their own
+                  score: str | None = None,  # of the methods that score masked images, unless they name their own; default: the method's
                   ) -> dict:         # explainer by the text that named it
     "The explainers that a list of methods names"
     found = {}
     for part in names_in(text):
         name, *options = part.split(":")
         cls = get_explainer(name)
-        own = {"score": score} if issubclass(cls, MaskedExplainer) else {}
+        own = {"score": score} if score and issubclass(cls, MaskedExplainer) else {}
         found[part] = with_options(cls, model, own | dict(map(parse_option, options)))
     return found
 
@@ -109,8 +109,8 @@ def model_from(name: str,              # a name in `model_names()`, or MODULE:FU
         raise ValueError(f"--classes goes with a model by name: the one that {name} returns has its classes")
     model = _own_model(name)
     if weights != "pretrained":
-        stored, _ = _read_weights(weights)
-        _fill(unwrapped(model), stored, weights)
+        stored, _ = read_weights(weights)
+        fill_weights(unwrapped(model), stored, weights)
     return model.to(device).eval()
 
 # %% ../../nbs/67_commands.options.ipynb #b71562f7
@@ -139,8 +139,8 @@ def check_folder(folder: Path | str,    # to be made and written to later
 # %% ../../nbs/67_commands.options.ipynb #724a6062
 def check_takes(model: nn.Module,       # in evaluation mode
                 size: tuple[int, int],  # height and width of the images in pixels
-                ):
-    "Raise if the model does not run on images of this size, or returns no logits"
+                ) -> int:               # K
+    "How many classes the model has; an error if it does not run on images of this size, or returns no logits"
     weight = next(model.parameters(), torch.zeros(()))
     if weight.dtype != torch.float32:
         raise TypeError(f"the model computes in {weight.dtype}, and the commands read images as float32: give it back with .float()")
@@ -156,4 +156,4 @@ def check_takes(model: nn.Module,       # in evaluation mode
         made = f"; it was made for {own}" if own else ""
         raise ValueError(f"the model cannot take images of {size[0]} x {size[1]} pixels ({error}): "
                          f"choose another --size{made}") from error
-    check_logits(logits, 1)
+    return check_logits(logits, 1).shape[1]

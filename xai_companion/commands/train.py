@@ -9,7 +9,7 @@ __all__ = ['OPTIONS', 'CHOICES', 'read_data', 'add_train', 'start_model', 'run_t
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -198,13 +198,13 @@ def _base(args) -> Config:
         return Config()
     return PUBLISHED[args.config].smoke if args.smoke else PUBLISHED[args.config].config
 
-def _config(args, **more) -> Config:
+def _config(args) -> Config:
     "The config that the arguments describe"
     base = _base(args)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     known = get_recipe(given.get("recipe", base.recipe)).options
     options = {name: value for name, value in base.options.items() if name in known} | dict(map(_pair, args.set))
-    return Config(**(asdict(base) | given | more | {"flip": base.flip and not args.no_flip, "options": options}))
+    return Config(**(asdict(base) | given | {"flip": base.flip and not args.no_flip, "options": options}))
 
 def _written(args, config) -> str:
     "The command, without folders and with the options that differ from the defaults"
@@ -247,6 +247,7 @@ def _trained(args, config, data, folder):
 def run_train(args) -> int:
     "xai-companion train"
     from xai_companion.evaluate import model_fingerprint
+    args.weights = None if str(args.weights).lower() == "none" else args.weights
     first = _config(args)
     rank, _ = processes(pick_device(args.device))
     out = check_folder(settings().reports / "train" if args.out is None else args.out)
@@ -254,7 +255,7 @@ def run_train(args) -> int:
     start = f"{Path(args.weights).name} {model_fingerprint(trial)}" if args.weights else ""
     images = 256 if args.smoke and args.images is None else args.images  # more than classes
     data = read_data(args.data or first.data, args.root, first.size, images, first.seed, args.test, args.workers is not None)
-    config = _config(args, data=data["name"], fingerprint=data["fingerprint"], start=start)
+    config = replace(first, data=data["name"], fingerprint=data["fingerprint"], start=start)
     folder = out / config.name
     if rank == 0:
         if dropped := [name for name in _base(args).options if name not in get_recipe(config.recipe).options]:

@@ -276,7 +276,7 @@ def read_table(file: Path,         # a CSV file with a header
                columns: list[str]  # those it must have
                ) -> list[dict]:    # a row each, at least one
     "The rows of a CSV file"
-    with reading(file), file.open(encoding="utf-8", newline="") as text:
+    with reading(file), file.open(encoding="utf-8-sig", newline="") as text:
         rows = csv.DictReader(text, strict=True)
         missing = [c for c in columns if c not in (rows.fieldnames or [])]
         if missing:

@@ -50,11 +50,7 @@ class CaptumExplainer(Explainer):
     reduce = staticmethod(sum_channels)  # how channels become one
     one_by_one = False                   # one image at a time, for methods that draw random numbers
     baseline = "black"                   # what a hidden image is, for methods that compare with one
-
-    def __init__(self, model, layers=None):
-        if layers is not None:
-            raise ValueError(f"{type(self).__name__} attributes to pixels and takes no layers")
-        super().__init__(model)
+    takes_layers = False
 
     def captum(self, name=None):
         "The object of captum for our model"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 # %% ../../nbs/10_explain.base.ipynb #820f94b0
 from ..core import seeded, span
 from ..hooks import capture, evaluating
-from ..masking import masked_scores, normalize_map, upsample
+from ..masking import check_dtype, masked_scores, normalize_map, upsample
 from ..models import channels_error, check_layout, last_conv
 from ..scores import check_logits, check_score, class_scores, pick_target
 
@@ -119,6 +119,7 @@ class Explainer:
     name = None   # set by the class statement: class MyCAM(Explainer, name="mycam")
     seed = 0      # the random methods draw the same numbers for every image
     version = 1   # raised when the maps change: what was kept of the older ones is no longer used
+    takes_layers = True  # or does it explain pixels only?
 
     def __init_subclass__(cls, name=None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -130,6 +131,8 @@ class Explainer:
                  model: nn.Module,  # takes images in [0, 1], returns logits (N, K)
                  layers=None,       # a name, a module or a list of them; default: the method's own choice
                  ):
+        if layers is not None and not self.takes_layers:
+            raise ValueError(f"{type(self).__name__} explains pixels, not a layer, and takes no layers")
         self.model, self.layers, self._found = model, layers, {}
 
     def attribute(self,
@@ -209,7 +212,7 @@ class MaskedExplainer(Explainer):
         check_score(score)
         if chunk is not None:
             check_counts(chunk=chunk)
-        self.score, self.fill, self.chunk, self.dtype = score, fill, chunk, dtype
+        self.score, self.fill, self.chunk, self.dtype = score, fill, chunk, check_dtype(dtype)
 
     def masked_scores(self, images, masks, image_index, target, **options):
         "`masking.masked_scores` with this explainer's options"

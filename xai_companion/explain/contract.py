@@ -7,7 +7,7 @@ __all__ = ['LAYER', 'PROMISES', 'trap_network', 'trap_images', 'promise', 'same'
            'batch_mates_do_not_matter', 'chunks_do_not_matter', 'modes_do_not_matter', 'targets_have_many_forms',
            'layers_have_many_forms', 'footprint', 'assert_untouched', 'a_call_leaves_no_trace', 'Bomb',
            'a_failure_leaves_no_trace', 'memory_stays_flat', 'bad_calls', 'assert_raises', 'bad_input_is_named',
-           'check_explainer', 'takes_layers']
+           'check_explainer']
 
 # %% ../../nbs/1b_explain.contract.ipynb #c4a904b3
 import gc
@@ -282,16 +282,9 @@ def check_explainer(cls: type[Explainer],  # the class to check
 
     for name, check in PROMISES.items():
         try:
-            check(make_with_layers if takes_layers(cls, **options) else make)
+            check(make_with_layers if cls.takes_layers else make)
         except Exception as error:
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             raise AssertionError(f"{cls.__name__} breaks the promise {name}: {kind}{error}") from error
     return list(PROMISES)
 
-def takes_layers(cls: type[Explainer], **options) -> bool:
-    "Does the method explain layers, rather than pixels"
-    try:
-        cls(trap_network(), layers=LAYER, **options)
-    except ValueError:
-        return False
-    return True

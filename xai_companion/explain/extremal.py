@@ -159,6 +159,8 @@ class MaskSearch(Explainer):
 # %% ../../nbs/17_explain.extremal.ipynb #165b0719
 class ExtremalPerturbation(MaskSearch, name="extremal"):
     "Extremal Perturbation, preserving the class (Fong, Patrick and Vedaldi, ICCV 2019)"
+    takes_layers = False
+
     def __init__(self,
                  model: nn.Module,   # takes images in [0, 1], returns logits (N, K)
                  layers=None,        # not used: the mask lies on the image
@@ -177,9 +179,7 @@ class ExtremalPerturbation(MaskSearch, name="extremal"):
                  score: str = "logit",       # Phi: a name in `scores.SCORES`
                  chunk: int = 16,    # pairs of image and area that go through the network together
                  ):
-        if layers is not None:
-            raise ValueError("Extremal Perturbation masks the image and takes no layers")
-        super().__init__(model)
+        super().__init__(model, layers)
         check_counts(steps=steps, levels=levels, mask_step=mask_step, chunk=chunk)
         check_positive(lr=lr, sigma=sigma, smoothing=smoothing, area_weight=area_weight, growth=growth)
         if levels < 2 or not (0 <= momentum < 1 and 0 <= dampening < 1):

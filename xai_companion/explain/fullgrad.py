@@ -139,15 +139,14 @@ def strength(term: Tensor  # (N, K, h, w)
 class FullGrad(Explainer, name="fullgrad"):
     "FullGrad (Srinivas and Fleuret, NeurIPS 2019)"
     version = 2  # 1 left out group, layer and instance norm
+    takes_layers = False
 
     def __init__(self,
                  model: nn.Module,  # a CNN that takes images in [0, 1] and returns logits (N, K)
                  layers=None,       # not used: all layers with a bias take part
                  chunk: int = 8,    # images that go through the network together
                  ):
-        if layers is not None:
-            raise ValueError("FullGrad uses every layer that has a bias and takes no layers")
-        super().__init__(model)
+        super().__init__(model, layers)
         check_counts(chunk=chunk)
         self.chunk = chunk
 

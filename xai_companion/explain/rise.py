@@ -15,6 +15,8 @@ from .base import MaskedExplainer, check_counts
 # %% ../../nbs/13_explain.rise.ipynb #31d679e9
 class RISE(MaskedExplainer, name="rise"):
     "RISE (Petsiuk et al., BMVC 2018)"
+    takes_layers = False
+
     def __init__(self,
                  model: nn.Module,     # takes images in [0, 1], returns logits (N, K)
                  layers=None,          # not used
@@ -24,10 +26,8 @@ class RISE(MaskedExplainer, name="rise"):
                  seed: int = 0,        # of the masks
                  **options,            # score, fill, chunk and dtype of `MaskedExplainer`
                  ):
-        super().__init__(model, **options)
+        super().__init__(model, layers, **options)
         check_counts(n_masks=n_masks, cells=cells)
-        if layers is not None:
-            raise ValueError("RISE masks pixels and takes no layers")
         if not 0 < p < 1:
             raise ValueError(f"p is the probability that a cell is visible, between 0 and 1; got {p!r}")
         self.n_masks, self.cells, self.p, self.seed = n_masks, cells, p, seed

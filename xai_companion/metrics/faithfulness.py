@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 # %% ../../nbs/31_metrics.faithfulness.ipynb #ae7cf956
 from ..explain.base import check_counts, undisturbed
-from ..masking import default_chunk, in_chunks, masked_scores
+from ..masking import check_dtype, default_chunk, in_chunks, masked_scores
 from .localization import check_maps, top_mask
 from ..scores import check_logits, check_score, pick_target, scores_at
 
 # %% ../../nbs/31_metrics.faithfulness.ipynb #4e247e21
 def _whole(model, images, target, score, chunk, dtype):
     "The class of each image and its score when everything is visible, (N,) each"
-    logits = []
+    logits, dtype = [], check_dtype(dtype)
 
     def step(part):
         logits.append(check_logits(model(images[part]), part.stop - part.start))

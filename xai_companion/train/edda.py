@@ -28,7 +28,7 @@ def check_options(options: dict  # of a recipe that uses explanations
     for name, known in (("fill", FILLS), ("drop_target", DROP_TARGETS)):
         if name in options and options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
-    for name in ("tau", "share", "start", "p"):
+    for name in ("tau", "share", "start", "ramp", "p"):
         value = options.get(name)
         if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
             raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
@@ -54,8 +54,9 @@ def maps_of(model,
 # %% ../../nbs/42c_train.edda.ipynb #c69ab424
 class EDDA(Recipe, name="edda"):
     "Cross-entropy on each image, on its salient part, and against any class on the rest"
-    options = {"method": "gradcam", "layers": None, "explainer": {}, "tau": 0.5, "share": None, "fill": "black",
-               "start": 0.25, "refresh": 0, "keep_weight": 1.0, "drop_weight": 1.0, "drop_target": "uniform", "p": 0.0}
+    version = 2  # 1 had no ramp
+    options = {"method": "gradcam", "layers": None, "explainer": {}, "tau": 0.5, "share": None, "fill": "black", "start": 0.25,
+               "ramp": 0.25, "refresh": 0, "keep_weight": 1.0, "drop_weight": 1.0, "drop_target": "uniform", "p": 0.0}
     notes = ("salient",)
 
     @classmethod
@@ -118,8 +119,10 @@ class EDDA(Recipe, name="edda"):
         if len(logits) == len(views.labels):
             return F.cross_entropy(logits, views.labels, label_smoothing=self.config.smoothing), logits
         logits, keep, drop = logits.chunk(3)
-        names = ("keep_weight", "drop_weight", "drop_target", "p")
-        loss = edda_loss(logits, keep, drop, views.labels, smoothing=self.config.smoothing, **{n: option[n] for n in names})
+        rise = min(1.0, (moment.progress - option["start"]) / option["ramp"]) if option["ramp"] else 1.0
+        weights = {name: rise * option[name] for name in ("keep_weight", "drop_weight")}
+        loss = edda_loss(logits, keep, drop, views.labels, drop_target=option["drop_target"], p=option["p"],
+                         smoothing=self.config.smoothing, **weights)
         return loss, logits
 
     def state(self):

@@ -163,12 +163,12 @@ def collapsed_value(views: int,  # number of views in a batch, all processes tog
     return temperature / base_temperature * log(views - 1 + background)
 
 # %% ../../nbs/41_train.losses.ipynb #7940ac8a
-def collapse_alarm(losses,      # losses of the steps since the warm-up, in order
+def collapse_alarm(losses,      # of the steps or epochs since the warm-up, in order
                    views: int,  # number of views in a batch, all processes together
                    temperature: float = 0.1,        # T
                    base_temperature: float = 0.07,  # T_b
                    background: float = 0.0,  # mean number of backgrounds in a batch times their weight
-                   window: int = 100,        # so many of the last steps are looked at; fewer raise no alarm
+                   window: int = 100,        # so many of the last losses are looked at; fewer raise no alarm
                    tolerance: float = 0.01,  # of the collapsed value: how near the mean loss must be
                    ) -> str | None:
     "A message if the loss stands at the value of a collapsed network, else None"
@@ -178,7 +178,7 @@ def collapse_alarm(losses,      # losses of the steps since the warm-up, in orde
     last = [float(loss) for loss in list(losses)[-window:]]
     if len(last) < window or not abs(sum(last) / window - value) < tolerance * value:
         return None
-    return (f"the contrastive loss stands at {sum(last) / window:.3f} (mean of {window} steps), the value of a collapsed network, "
+    return (f"the contrastive loss stands at {sum(last) / window:.3f} (mean of the last {window}), the value of a collapsed network, "
             f"{value:.3f}: all images have the same embedding. The usual cause is a learning rate that is too high at the start. "
             "Begin again with a lower one (a tenth), or with a longer warm-up; such a network rarely recovers.")
 
