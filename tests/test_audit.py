@@ -22,7 +22,7 @@ from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.readers import ImageFolder
 from xai_companion.explain import Explainer
 from xai_companion.models import load_model
-from xai_companion.own_data import Located, match_classes
+from xai_companion.own_data import Located, match_classes, read_boxes
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -370,6 +370,8 @@ def test_command_with_a_factory(place, capsys):
     assert "All 8 predictions are right" in said and "new/a.html" in said and "even map" in said
     check_self_contained((place / "new" / "a.html").read_text(encoding="utf-8"))
     assert len((place / "rows.csv").read_text().splitlines()) == 9
+    (place / "excel.csv").write_text((place / "boxes.csv").read_text(), encoding="utf-8-sig")
+    assert all(map(torch.equal, read_boxes("excel.csv").values(), read_boxes("boxes.csv").values()))
     assert command("my_red_model:make", "pictures", *options, "--weights", "wrong.pt", "--boxes", "boxes.csv") == 0
     assert "8 of 8 predictions are wrong" in capsys.readouterr().out
 

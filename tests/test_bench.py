@@ -70,6 +70,7 @@ def test_the_command(small, monkeypatch, capsys):
     left = small / "reports" / "bench" / "measured" / "quick" / "00-of-before.json"
     left.parent.mkdir(parents=True)
     left.write_text("what a run of before has left")
+    assert bench.store_measured("cpu", left.parent) is None  # of another version: not read
     wanted = {f"{table}.quick.json" for tables, _ in planned.values() for table in tables}
     for record in (False, True):
         assert bench.bench(record=record) == 0

@@ -14,7 +14,7 @@ from test_paper_profile import write_tiny
 
 from xai_companion.cli import main
 from xai_companion.commands.explain import save_png
-from xai_companion.commands.options import check_takes, names_in, parse_option
+from xai_companion.commands.options import check_takes, names_in, parse_methods, parse_option
 from xai_companion.commands.train import _config, _pair, _written
 from xai_companion.core import processes
 from xai_companion.data.photos import photos
@@ -234,11 +234,18 @@ def test_options_and_names():
         ("a", True), ("a", True), ("a", 0.5), ("a", 0.001), ("a", None), ("a", {"mu": 0.3}), ("a", "sise"), ("a", [1, 2])]
 
 
+def test_a_variant_keeps_its_score():
+    model = load_model("plain_cnn")
+    for score, wanted in ((None, ("logit", "softmax", "sigmoid")), ("softmax", ("softmax", "softmax", "sigmoid"))):
+        found = parse_methods("scorecam:variant=torchcam,rise,sise:score=sigmoid,gradcam:layers=block3", model, score)
+        assert tuple(e.score for e in found.values() if hasattr(e, "score")) == wanted
+
+
 def test_the_size_check_leaves_no_trace():
     model = load_model("plain_cnn").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.random.get_rng_state()
-    check_takes(model, (64, 48))
+    assert check_takes(model, (64, 48)) == 20
     assert model.training and torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -441,6 +441,14 @@ def test_mistakes_on_the_command_line(tmp_path, capsys, words, says):
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_classes_are_counted_at_the_size_that_is_evaluated(tmp_path, capsys, monkeypatch):
+    "A network for one size of images, asked to squash others to it"
+    (tmp_path / "flat.py").write_text("from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 20))\n")
+    monkeypatch.chdir(tmp_path)
+    words = ("--model", "flat:make", "--methods", "saliency", "--metrics", "drop", "--n", "2", "--size", "16", "--device", "cpu", "--out", tmp_path / "out")
+    assert main(["evaluate", *map(str, words)]) == 0 and (tmp_path / "out" / "summary.csv").is_file(), capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path):
     "Two processes share the batches; `--` keeps torchrun from reading --n"

@@ -123,6 +123,11 @@ def test_float64_and_bfloat16():
     half = masked_scores(trap_network().bfloat16(), images.bfloat16(), masks, [0] * 9, 1)
     auto = masked_scores(trap_network(), images, masks, [0] * 9, 1, dtype=torch.bfloat16)
     assert exact.dtype == torch.float64 and single.dtype == half.dtype == auto.dtype == torch.float32
+    assert torch.equal(auto, masked_scores(trap_network(), images, masks, [0] * 9, 1, dtype="bfloat16")) and not torch.equal(auto, single)
+    assert torch.equal(single, masked_scores(trap_network(), images, masks, [0] * 9, 1, dtype="float32"))
+    for wrong in ("bf16", torch.int8, 16):
+        with pytest.raises(ValueError, match="dtype must be torch.bfloat16"):
+            masked_scores(trap_network(), images, masks, [0] * 9, 1, dtype=wrong)
     assert (single - exact).abs().max() < 1e-6
     assert (half - exact).abs().max() < 0.02 and (auto - exact).abs().max() < 0.02
 

@@ -9,7 +9,7 @@ from torch import nn
 from xai_companion.core import settings
 from xai_companion.data.photos import load_images
 from xai_companion.hooks import plain_module, unwrapped, watch
-from xai_companion.models import SMALL, Normalized, _fill, _read_weights, conv_blocks, last_conv, load_model
+from xai_companion.models import SMALL, Normalized, conv_blocks, fill_weights, last_conv, load_model, read_weights, top_classes
 
 LAYERS = {
     "resnet18": ["relu", "layer1", "layer2", "layer3", "layer4"],
@@ -91,7 +91,7 @@ def test_checkpoint_of_a_network_with_such_names_itself(tmp_path, own, prefix):
     "Only the prefixes of wrappers are taken off, not those that belong to the network"
     network, other = (nn.Sequential(OrderedDict({own: nn.Linear(2, 2)})) for _ in range(2))
     torch.save({prefix + k: v for k, v in network.state_dict().items()}, tmp_path / "net.pt")
-    _fill(other, _read_weights(tmp_path / "net.pt")[0], "net.pt")
+    fill_weights(other, read_weights(tmp_path / "net.pt")[0], "net.pt")
     assert all(torch.equal(v, network.state_dict()[k]) for k, v in other.state_dict().items())
 
 
@@ -113,6 +113,17 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         load_model("resnet18", num_classes=10)
     with pytest.raises(ValueError, match="resnet18, resnet50, resnet56"):
         load_model("vgg16", weights=None, small=True)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_top_classes_of_few(classes):
+    model = load_model("plain_cnn", None, classes)
+    assert [len(top) for top in top_classes(model, torch.rand(2, 3, 32, 32))] == [min(classes, 3)] * 2
+
+
+def test_a_network_with_auxiliary_classifiers_returns_logits_in_training():
+    model = load_model("googlenet", None, 3)
+    assert model.train()(torch.rand(2, 3, 64, 64)).shape == (2, 3)
 
 
 def test_normalized_survives_saving(tmp_path):

@@ -694,6 +694,9 @@ def test_command_goes_on_from_weights(photos, tmp_path):
     model, twenty = load_model("plain_cnn", other), load_model("plain_cnn")
     assert model.fc.out_features == 2 and model.classes == ["bright", "dark"]
     torch.testing.assert_close(model.block1[0].weight, twenty.block1[0].weight, atol=1e-6, rtol=0)
+    for word in ("none", "None"):  # random ones, as if nothing had been said: the run that is there
+        assert run("--data", photos / "plain", *SHORT, "--weights", word, "--out", tmp_path / "a") == 0
+    assert [*(tmp_path / "a").rglob("model.pt")] == [file]
     with pytest.raises(ValueError, match="weights of plain_cnn, not of residual_cnn"):
         run("--data", photos / "plain", *SHORT, "--weights", file, "--model", "residual_cnn", "--out", tmp_path / "d")
     with pytest.raises(FileNotFoundError, match="no weights file"):

@@ -280,6 +280,12 @@ def test_headlines_come_with_their_records(quick, monkeypatch):
     assert not_run().command.to_dict() == {profile: f"`xai-companion reproduce --profile {profile} --record`" for profile in ("cpu", "paper")}
 
 
+def test_a_headline_shows_the_newest_version(quick):
+    row = {"row": "SISE", "metric": "Drop", "testbed": "A"}
+    save("sise", "quality_imagenet", [record(row | version, value, "%", n=8) for version, value in (({}, 1.0), ({"version": 2}, 5.0))])
+    assert headlines("sise").SISE.tolist() == ["5"]
+
+
 def test_methods_of_a_headline_have_their_own_n(quick):
     rows = [record({"row": row, "metric": "Drop", "testbed": "A"}, 1.0, "%", n=n) for row, n in (("SISE", 8), ("Grad-CAM", 9))]
     save("sise", "quality_imagenet", rows)
