@@ -9,7 +9,16 @@ from torch import nn
 from xai_companion.core import settings
 from xai_companion.data.photos import load_images
 from xai_companion.hooks import plain_module, unwrapped, watch
-from xai_companion.models import SMALL, Normalized, conv_blocks, fill_weights, last_conv, load_model, read_weights, top_classes
+from xai_companion.models import (
+    SMALL,
+    Normalized,
+    conv_blocks,
+    fill_weights,
+    last_conv,
+    load_model,
+    read_weights,
+    top_classes,
+)
 
 LAYERS = {
     "resnet18": ["relu", "layer1", "layer2", "layer3", "layer4"],

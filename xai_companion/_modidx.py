@@ -1422,6 +1422,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'xai_companion.results._sources': ('results.html#_sources', 'xai_companion/results.py'),
                                        'xai_companion.results._table': ('results.html#_table', 'xai_companion/results.py'),
                                        'xai_companion.results._tables': ('results.html#_tables', 'xai_companion/results.py'),
+                                       'xai_companion.results._trained_elsewhere': ( 'results.html#_trained_elsewhere',
+                                                                                     'xai_companion/results.py'),
                                        'xai_companion.results._version': ('results.html#_version', 'xai_companion/results.py'),
                                        'xai_companion.results._write': ('results.html#_write', 'xai_companion/results.py'),
                                        'xai_companion.results.agrees': ('results.html#agrees', 'xai_companion/results.py'),

@@ -168,6 +168,11 @@ def _mean_square(r):
     low, high = r["interval"]
     return r["value"] ** 2 + (r["n"] - 1) * ((high - low) / 2 / t_quantile(max(r["n"] - 1, 1))) ** 2
 
+def _trained_elsewhere(records):
+    "Are they of networks that were trained for them, and on several kinds of processors?"
+    origins = [r["provenance"] for r in records]
+    return any("measured in" in origin["dtype"] for origin in origins) and len({origin["hardware"] for origin in origins}) > 1
+
 def agrees(fresh: list | dict,   # a recomputed row: one record, or one per seed
            stored: list | dict,  # the stored records of the same row and profile
            seeds: list = (),     # of the same row with several seeds, of another profile: where one is stored, they tell the spread
@@ -185,6 +190,8 @@ def agrees(fresh: list | dict,   # a recomputed row: one record, or one per seed
     size = np.sqrt(np.mean([_mean_square(r) for r in stored]))
     allowed = TOLERANCE["cuda" if gpu else "cpu"] * size + 1e-6
     spread = values if len(values) > 1 else np.array([r["value"] for r in seeds])
+    if len(spread) < 2 and _trained_elsewhere([*fresh, *stored]):
+        return None
     if len(spread) > 1:
         allowed = max(allowed, t_quantile(len(spread) - 1) * spread.std(ddof=1) * math.sqrt(1 + 1 / len(values)))
     return bool(all(abs(r["value"] - values.mean()) <= allowed for r in fresh))

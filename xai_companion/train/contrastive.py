@@ -61,6 +61,7 @@ class SupCon(Recipe, name="supcon"):
                              "the model's logits: make its classifier the last nn.Linear that the model registers")
         self.head = Projection(self.classifier.in_features, self.option["dim"]).to(self.classifier.weight.device)
         self.staged, self.batch = self.option["staged"], min(self.config.batch, count)
+        self.warm = self.config.warmup * (self.config.seen / count if self.config.seen else self.config.epochs)  # epochs
 
     def parameters(self, model, part):
         last = list(self.classifier.parameters())
@@ -103,7 +104,9 @@ class SupCon(Recipe, name="supcon"):
         return 1.0
 
     def watch(self, log):
-        rows = [row for row in log if row["part"] == "encoder"]
+        rows = [row for row in log if row["part"] == "encoder" and row["epoch"] > self.warm]
+        if not rows:
+            return
         backgrounds = rows[-1].get("backgrounds", 0) * self.batch * self.background_weight
         message = collapse_alarm([row["loss"] for row in rows], 2 * self.batch, self.option["temperature"],
                                  self.option["base_temperature"], backgrounds, window=2)

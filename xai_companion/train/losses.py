@@ -212,8 +212,8 @@ def edda_loss(logits: Tensor,       # (N, K): of the whole images; (N, K + 1) fo
               keep: Tensor | None,  # the same: of the images that show the salient pixels only; None: no such term
               drop: Tensor | None,  # the same: of the images that show all the others; None: no such term
               labels: Tensor,       # (N,): class of each image
-              keep_weight: float = 1.0,  # lambda_keep
-              drop_weight: float = 1.0,  # lambda_drop
+              keep_weight: float = 1.0,  # lambda_k
+              drop_weight: float = 1.0,  # lambda_d
               drop_target: str = "uniform",  # q_y, one of `DROP_TARGETS`
               p: float = 0.0,          # probability of the true class, for "share"
               smoothing: float = 0.0,  # label smoothing of the first two terms
