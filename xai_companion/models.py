@@ -152,7 +152,9 @@ def read_weights(file: Path | str  # a checkpoint
         raise ValueError(f"{file} is damaged or holds no state dict ({type(error).__name__}): write it with "
                          "torch.save(model.state_dict(), file)") from error
 
-def fill_weights(network, stored, source):
+def fill_weights(network: nn.Module,
+                 stored: dict,  # tensors by name
+                 source):       # what a message calls them, such as their file
     "Load `stored` into `network`; a mismatch names what does not fit"
     for wrapper in ("module.", "network."):  # of DataParallel and of `Normalized`, unless the network has such names itself
         if not stored.keys() & network.state_dict().keys():

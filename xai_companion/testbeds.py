@@ -237,8 +237,9 @@ class Run:
                 shown, timed = (SECONDS if metric == "seconds" else METRICS[metric]), metric == "seconds"
                 values = (times[name] if timed else own[metric] * shown.scale).dropna()
                 if len(values) > 1:
-                    save_row(paper, f"{table}_{self.name}", {"row": name, "metric": shown.label, **about}, values, shown.unit, paper=(published or {}).get((name, metric)),
-                             seconds=frame.seconds[frame.explainer == name].sum() if timed and not told else None, **self.origin)
+                    save_row(paper, f"{table}_{self.name}", {"row": name, "metric": shown.label, **about}, values, shown.unit,
+                             paper=(published or {}).get((name, metric)), **self.origin,
+                             seconds=frame.seconds[frame.explainer == name].sum() if timed and not told else None)
                     self.told |= {name} if timed else set()
 
     def claim(self,

@@ -129,7 +129,7 @@ def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, e
                      differences: dict,  # by rival: (N,) differences, one per image or seed
                      claimed,            # the range that the claim names: `ABOVE`, `BELOW`, `within(margin)`
                      unit: str = "points",  # of the differences
-                     /, **about          # data, device, seconds, and further entries of the config
+                     /, **about          # data, device, seconds, dtype, and further entries of the config
                      ):
     "Store the differences to each rival, with an interval at Holm's level, in the table `claims`"
     if claim not in CLAIMS.get(paper, {}):

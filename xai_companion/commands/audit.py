@@ -41,7 +41,7 @@ def run_audit(args  # what the parser found
         if file := getattr(args, option):
             check_folder(Path(file).parent, f"--{option}")
             check_place(file)
-    out, device, data_name = Path(args.out), pick_device(args.device), Path(args.data).resolve().name
+    out, device, data_name = Path(args.out), pick_device(args.device), Path(args.data).absolute().name
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"the report is one HTML file, which a browser should know by its name: --out {out / 'audit.html'}, or {out}.html")
     model = model_from(args.model, args.weights, args.classes, device)

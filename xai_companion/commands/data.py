@@ -67,4 +67,4 @@ def add_data(commands  # the sub-parsers of `xai-companion`
         if name == "get":
             sub.add_argument("--mirror", metavar="URL", help="take the files from below this address")
         else:
-            sub.add_argument("--fast", action="store_true", help="open 200 images instead of all")
+            sub.add_argument("--fast", action="store_true", help="open at most 200 images instead of all")

@@ -183,7 +183,7 @@ def check_item(item: Item, data: ImageSet):
 # %% ../../nbs/20d_data.datasets.ipynb #ca8d02d6
 def check_set(data: ImageSet,        # any set of items
               counts: bool = True,   # compare the number of images with the authors'
-              fast: bool = False     # open 200 images instead of all
+              fast: bool = False     # open at most 200 images instead of all
               ) -> dict:             # what was found
     "Read a set from the first image to the last; raise a `DataError` that lists what is wrong"
     found, stated = data.official_count() if isinstance(data, Reader) else (len(data), None)
@@ -191,7 +191,7 @@ def check_set(data: ImageSet,        # any set of items
         raise DataError(f"{data.name} {data.split} has {found:,} images where its authors state {stated:,}")
     if not len(data):
         raise DataError(f"{data.name} {data.split} has no image")
-    chosen = range(0, len(data), max(1, len(data) // 200) if fast else 1)
+    chosen = range(0, len(data), -(-len(data) // 200) if fast else 1)
     problems, boxes, masks = [], 0, 0
     for index in progress(chosen, f"{data.name} {data.split}", unit="image"):
         try:
@@ -216,7 +216,7 @@ def check_dataset(name: str,                       # one of `DATASETS`
                   split: str | None = None,        # default: every split that is there
                   root: Path | str | None = None,  # the data root; default: that of the settings
                   counts: bool = True,             # compare the number of images with the authors'; False for a subset
-                  fast: bool = False,              # open 200 images instead of all
+                  fast: bool = False,              # open at most 200 images instead of all
                   **options                        # of the reader
                   ) -> list[dict]:                 # what was found, by split
     "Read a data set from the first image to the last; raise a `DataError` that lists what is wrong"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 # %% ../../nbs/42d_train.contrastive.ipynb #69ebebbe
 from ..core import autocasting
 from ..data.augment import AUGMENTATIONS
-from ..explain.base import check_counts
+from ..explain.base import check_counts, check_positive
 from ..hooks import capture, classifier_of, entering, evaluating
 from .edda import check_options, maps_of, other_classes
 from .losses import collapse_alarm, supcon_loss
@@ -44,9 +44,7 @@ class SupCon(Recipe, name="supcon"):
     def check(cls, options):
         found = super().check(options)
         check_counts(dim=found["dim"])
-        for name in ("temperature", "base_temperature", "classifier_lr"):
-            if not found[name] > 0:
-                raise ValueError(f"{name} must be above 0, got {found[name]!r}")
+        check_positive(**{name: found[name] for name in ("temperature", "base_temperature", "classifier_lr")})
         for name in ("views", "classifier_views"):
             if found[name] not in AUGMENTATIONS:
                 raise ValueError(f"{name} must be one of {', '.join(AUGMENTATIONS)}, got {found[name]!r}")

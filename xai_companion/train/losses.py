@@ -13,6 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+# %% ../../nbs/41_train.losses.ipynb #b8246b7d
+from ..explain.base import check_positive
+
 # %% ../../nbs/41_train.losses.ipynb #cbe1e763
 def _terms(anchors, labels, keys, tags, own, weight, temperature):
     "What each anchor adds to the loss, (A,); tags (K, 2) of the keys: label, and is it a view"
@@ -95,12 +98,6 @@ def _check_unit(features, name):
                      "use torch.nn.functional.normalize(z, dim=-1)")
 
 # %% ../../nbs/41_train.losses.ipynb #b7631a40
-def _check_above(**numbers):
-    "Raise if a number is not above 0 and finite"
-    for name, number in numbers.items():
-        if not 0 < number < inf:
-            raise ValueError(f"{name} must be above 0 and finite, got {number}")
-
 def _check_weights(**weights):
     "Raise if a weight is negative or not finite"
     for name, weight in weights.items():
@@ -134,7 +131,7 @@ def supcon_loss(z: Tensor,       # (N, V, D): V views of N images, vectors of le
                 gather: bool = False,  # views and backgrounds of all processes; each returns the mean over its own anchors
                 ) -> Tensor:     # a scalar, float32 (float64 for float64)
     "The supervised contrastive loss of SupCon and ExCon, and with backgrounds that of ExConB"
-    _check_above(temperature=temperature, base_temperature=base_temperature)
+    check_positive(temperature=temperature, base_temperature=base_temperature)
     _check_weights(background_weight=background_weight)
     z, labels, background = _checked(z, labels, background)
     anchors, labels = z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
@@ -156,7 +153,7 @@ def collapsed_value(views: int,  # number of views in a batch, all processes tog
                     background: float = 0.0,  # number of backgrounds times their weight
                     ) -> float:
     "The loss of a network that makes the same vector of everything"
-    _check_above(temperature=temperature, base_temperature=base_temperature)
+    check_positive(temperature=temperature, base_temperature=base_temperature)
     _check_weights(background=background)
     if views < 2:
         raise ValueError(f"views must be at least 2, got {views}: one view has nothing to be compared with")

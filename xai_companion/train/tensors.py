@@ -100,7 +100,7 @@ def check_data(images: Tensor,     # should be uint8 (N, C, S, S)
     return images, labels.long()
 
 # %% ../../nbs/42a_train.tensors.ipynb #fc252e9a
-def check_trainable(model: nn.Module,  # in training mode
+def check_trainable(model: nn.Module,
                     labels: Tensor,    # (N,), of the training images
                     batch: int,        # images per step
                     ):
