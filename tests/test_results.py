@@ -44,6 +44,8 @@ def test_stored_file(file):
     records = validate(json.loads(text))
     assert records and not re.search(r"/(?:home|root|tmp)/", text)
     assert not any("wins" in r for r in records if r["unit"] in TIMES), "a share of time has no win rate"
+    computers = {r["provenance"]["hardware"] for r in records if r["unit"] in TIMES}
+    assert len(computers) <= 1, "times that stand side by side are from one computer: one that was taken on a faster one is no gain"
 
 
 def test_interval_is_scipys():
