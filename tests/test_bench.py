@@ -62,6 +62,20 @@ def test_on_another_device(small):
             assert r["config"]["device"] == NAME
 
 
+def test_every_measurement_fills_its_tables(small):
+    "All of it, with images of 32 pixels and hardly any masks; what is kept in files is what is stored"
+    folder = small / "measured"
+    steps = bench.bench_steps("cpu", folder)
+    assert not any(step.done() for step in steps)
+    for step in steps:
+        step.run()
+    assert all(step.done() for step in steps)
+    bench.store_measured("cpu", folder)
+    for table in bench.TABLES:
+        records = json.loads((small / "reports" / "bench" / f"{table}.smoke.json").read_text())
+        assert records and all(r["value"] > 0 and r["provenance"]["seconds"] > 0 for r in records)
+
+
 def test_the_command(small, monkeypatch, capsys):
     "It measures anew, prints every table, and stores in results/ only when told to"
     planned = {name: bench.measurements()[name] for name in ("methods that mask, resnet18", "Extremal Perturbation")}

@@ -1,4 +1,5 @@
 """`reproduce` on a clone in miniature, with real kernels."""
+import ast
 import json
 import os
 import re
@@ -202,6 +203,16 @@ def test_the_plan_of_all_notebooks_comes_before_the_first(clone, capsys, monkeyp
     said = capsys.readouterr().out
     plans, run = said.split("Running 3 notebooks in the gpu profile")
     assert "01_sise 1" in plans and "step:" not in plans and "FAILED" in plans and run.count("plan: 2 of 2 steps left") == 2
+
+
+@pytest.mark.parametrize("file", choose(find_papers(ROOT), profile="gpu"), ids=paper_name)
+def test_a_page_plans_before_it_computes(file):
+    "What is shown or stored comes after the steps, so a plan takes seconds, and a GPU's time goes into them"
+    cells = [cell.source for cell in nbformat.read(file, 4).cells if cell.cell_type == "code"]
+    before = cells[:next(i for i, source in enumerate(cells) if re.search("^take_steps", source, re.MULTILINE))]
+    outside = [node for source in before for node in ast.parse(source).body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    called = {ast.unparse(node.func) for part in outside for node in ast.walk(part) if isinstance(node, ast.Call)}
+    assert before and not called & {"show", "grid", "show_maps", "save", "save_row", "measured", "explain", "run_testbeds", "run_rows"}
 
 
 def test_a_time_box_that_is_too_small(clone, capsys):

@@ -26,12 +26,10 @@ class Ledger:
                  config: dict,         # everything that determines the numbers
                  rank: int = 0,        # of this process
                  ):
-        self.done, self.own = {}, None
+        self.done, self.own, self.config = {}, None, config
         if folder is None:
             return
         stem = f"{config['explainer']['method']}-{hashlib.sha256(canonical(config).encode()).hexdigest()[:12]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{stem}.json").write_text(json.dumps(config, indent=1) + "\n")
         self.own = folder / f"{stem}.{rank}.jsonl"
         self.read()
 
@@ -63,6 +61,7 @@ def writing(ledger: Ledger  # to be added to inside the block
     if ledger.own is None:
         yield ledger
         return
+    ledger.own.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(ledger.own.with_suffix(".lock"), is_singleton=True)
     try:
         lock.acquire(timeout=0)
@@ -70,6 +69,7 @@ def writing(ledger: Ledger  # to be added to inside the block
         raise RuntimeError(f"another process is writing {ledger.own}: wait until it has ended, give another folder, or share the "
                            "work with torchrun, which numbers its processes") from None
     try:
+        Path(f"{ledger.own}".rsplit(".", 2)[0] + ".json").write_text(json.dumps(ledger.config, indent=1) + "\n")
         if ledger.own.is_file():
             os.truncate(ledger.own, ledger.own.read_bytes().rfind(b"\n") + 1)
         ledger.read()
