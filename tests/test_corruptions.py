@@ -200,7 +200,7 @@ class TestCorruptedSet:
 
     def test_interrupted(self, tmp_path, monkeypatch):
         def full(file, **arrays):
-            file.write_bytes(b"half")
+            file.write(b"half")
             raise OSError(28, "No space left on device")
         monkeypatch.setattr(np, "savez", full)
         with pytest.raises(OSError, match="No space left"):

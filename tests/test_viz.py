@@ -50,7 +50,7 @@ class Page(HTMLParser):
 def test_every_method_has_its_own_look():
     styles = [tuple(viz.method_style(name).values()) for name in viz.METHODS]
     assert len(set(styles)) == len(styles) >= 25
-    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in viz.METHOD_COLORS.values())
+    assert all(re.fullmatch("#[0-9a-f]{6}", colour) for colour in map(viz.method_color, viz.METHODS))
 
 
 def test_methods_that_meet_in_a_figure_differ_in_colour():

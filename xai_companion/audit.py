@@ -22,7 +22,7 @@ from .evaluate import Units, describe, explain_units, load_units, model_fingerpr
 from .explain import Explainer, get_explainer
 from .hooks import evaluating
 from .own_data import match_classes
-from .records import _command, commit, hardware, versions
+from .records import commit, hardware, running_command, versions
 from .report import check_place, write_page
 from .scores import check_logits
 from .viz import method_label
@@ -160,7 +160,7 @@ def provenance(setting: Setting, how: str, seed: int, model_name: str | None, da
         else "as the data set gives them",
         "classes": f"{len(data.classes)}, matched {how}",
         "explainer": f"{method} ({given})" if given else method,
-        "command": _command(),
+        "command": running_command(),
         "code": f"commit {commit()}",
         "hardware": hardware(setting.device),
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),

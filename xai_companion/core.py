@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'PROFILES', 'FLOAT32', 'Settings', 'find_settings', 'settings', 'by_profile', 'pick_device', 'span',
-           'has_bfloat16', 'autocasting', 'processes', 'seeded', 'is_watched', 'progress']
+           'has_bfloat16', 'autocasting', 'processes', 'seeded', 'replacing', 'is_watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #57a03c36
 import configparser
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import torch
@@ -150,6 +151,22 @@ def seeded(seed: int = 0  # the same seed gives the same numbers
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+# %% ../nbs/00_core.ipynb #7d3e5c35
+@contextmanager
+def replacing(file: Path  # to be written, or replaced; its folder is made
+              ):          # a stream for bytes
+    "Write a file so that it is, at any moment, the old one or the new one"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}-{get_ident()}.part")  # nobody else's
+    try:
+        with part.open("wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #9b126041
 def is_watched() -> bool:

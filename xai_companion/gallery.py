@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 # %% ../nbs/01b_gallery.ipynb #ef8a4220
-from .viz import CMAP, _check_images, _lut, _pair, _texts, method_label
+from .core import replacing
+from .viz import CMAP, check_photos, color_table, check_pair, one_each, method_label
 
 # %% ../nbs/01b_gallery.ipynb #0976b019
 def _uri(picture: Image.Image, kind: str, **options) -> str:
@@ -36,7 +37,7 @@ def _map_uri(unit: torch.Tensor  # (1, H, W) in [0, 1]
              ) -> str:
     "A map as PNG with the colour map for a palette"
     picture = Image.fromarray((unit[0] * 255).round().byte().cpu().numpy())
-    picture.putpalette((_lut(CMAP) * 255).round().byte().flatten().tolist())
+    picture.putpalette((color_table(CMAP) * 255).round().byte().flatten().tolist())
     return _uri(picture, "PNG")
 
 # %% ../nbs/01b_gallery.ipynb #1cbf61fd
@@ -205,12 +206,12 @@ def gallery(path: Path | str,            # the HTML file to write; its folder is
         raise ValueError(f"{path} is a folder: name the file, for example {path / 'gallery.html'}")
     if not isinstance(maps, dict) or not maps:
         raise ValueError("maps must be a dict from method to tensor (N, 1, H, W), for example {'sise': maps}")
-    images, captions = _check_images(images), _texts(captions, len(images), "captions")
-    names = _texts(names, len(images), "names") if names is not None else [f"image {i + 1}" for i in range(len(images))]
-    units = {name: _pair(images, m, f"the maps of {name!r}")[1] for name, m in maps.items()}
+    images, captions = check_photos(images), one_each(captions, len(images), "captions")
+    names = one_each(names, len(images), "names") if names is not None else [f"image {i + 1}" for i in range(len(images))]
+    units = {name: check_pair(images, m, f"the maps of {name!r}")[1] for name, m in maps.items()}
     data = {"width": images.shape[3],
             "images": [{"name": n, "caption": c, "src": _photo_uri(i)} for n, c, i in zip(names, captions, images, strict=True)],
             "methods": [{"label": method_label(name), "maps": [_map_uri(u) for u in unit]} for name, unit in units.items()]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(title, data), encoding="utf-8", errors="replace", newline="\n")
+    with replacing(path) as out:
+        out.write(_page(title, data).encode(errors="replace"))
     return path

@@ -137,13 +137,12 @@ def _told(records, side):
     return f"{metric}{against}: {difference_text(r)}{unit} ({MARKS[judged(r)]})"
 
 def claim_details(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
-                  links: str | None = None,  # folder of the paper pages, seen from the page that shows the table
-                  root: Path | None = None   # folder of the records; default: results/
+                  links: str | None = None  # folder of the paper pages, seen from the page that shows the table
                   ) -> pd.DataFrame:
     "A line per claim and setting: the verdict, the clearest comparison for and against the claim, and n"
     names, lines = [], []
     for claim in CLAIMS[paper]:
-        found = _by_setting(paper, claim, root)
+        found = _by_setting(paper, claim)
         for setting, here in found.items():
             records, profile = [r for r, _ in here], here[0][1]
             names.append(_name(paper, claim, links))
@@ -243,13 +242,12 @@ def _counts(rows):
     computer = [r["provenance"]["hardware"]] if r["unit"] in TIMES else []
     return ", ".join(dict.fromkeys([summarize(records)[2] for records in rows] + computer))
 
-def headlines(paper: str,               # sise, ada_sise, integrated_gradcam, edda or excon
-              root: Path | None = None  # folder of the records; default: results/
+def headlines(paper: str  # sise, ada_sise, integrated_gradcam, edda or excon
               ) -> pd.DataFrame:
     "A few rows of a paper's tables: a line per metric and stored profile, a column per method; below it the command of each profile"
     names, lines, commands = [], [], {}
     for table, metric, methods, fixed, where in HEADLINES[paper]:
-        for profile, records in load(paper, table, root).items():
+        for profile, records in load(paper, table).items():
             own = [rows for rows in newest(records).values() if {"metric": metric}.items() | fixed.items() <= rows[0]["config"].items()]
             found = {method: rows for method in methods for rows in own if rows[0]["config"]["row"] == method}
             if found:
@@ -264,10 +262,9 @@ def headlines(paper: str,               # sise, ada_sise, integrated_gradcam, ed
     return table
 
 # %% ../nbs/02b_overview.ipynb #5b1d9e02
-def not_run(root: Path | None = None  # folder of the records; default: results/
-            ) -> pd.DataFrame:
+def not_run() -> pd.DataFrame:
     "The profiles of which nothing is stored, and the command of each"
-    stored = {profile for paper, lines in HEADLINES.items() for table, *_ in lines for profile in load(paper, table, root)}
+    stored = {profile for paper, lines in HEADLINES.items() for table, *_ in lines for profile in load(paper, table)}
     missing = [profile for profile in list(PROFILES)[1:] if profile not in stored]
     return LinkedTable({"command": [f"`xai-companion reproduce --profile {profile} --record`" for profile in missing]},
                        index=pd.Index(missing, name="profile not run yet"))

@@ -9,7 +9,7 @@ __all__ = ['MEASURES', 'EXPLAINERS', 'ARXIV', 'SLIDES', 'TESLA', 'VOC_VGG16', 'V
 # %% ../nbs/02c_printed.ipynb #5a0c71e6
 import pandas as pd
 
-from .results import Table, _sources, grid
+from .results import Table, grid, sources
 
 # %% ../nbs/02c_printed.ipynb #5a0c71e8
 MEASURES = {"ebpg": "EBPG (%)", "miou": "mIoU (%)", "bbox": "Bbox (%)", "drop": "Drop (%)", "increase": "Increase (%)", "seconds": "time (s)"}
@@ -78,7 +78,7 @@ def grids(paper: str,   # sise, ada_sise or integrated_gradcam
     "Several tables below each other; where nothing is stored, the command that stores it"
     parts = {}
     for profile, bed in ((profile, bed) for profile, names in beds.items() for bed in names):
-        absent = [kind for kind in kinds if not _sources(paper, f"{kind}_{bed}")]
+        absent = [kind for kind in kinds if not sources(paper, f"{kind}_{bed}")]
         parts |= {f"{kind}_{bed}": grid(paper, f"{kind}_{bed}") for kind in kinds if kind not in absent}
         if absent:
             remedy = f"xai-companion reproduce {paper} --profile {profile} --record"

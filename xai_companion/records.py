@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'NOT_AVAILABLE', 'FIELDS', 'OPTIONAL', 'PROVENANCE', 't_quantile', 'mean_interval', 'commit', 'versions',
-           'hardware', 'canonical', 'record_key', 'record', 'validate']
+           'hardware', 'running_command', 'canonical', 'record_key', 'record', 'validate']
 
 # %% ../nbs/01a_records.ipynb #1ad5971a
 import hashlib
@@ -97,7 +97,7 @@ def hardware(device: str | torch.device = "cpu"  # where the numbers were comput
     cores = len(affinity(0)) if affinity else os.cpu_count()
     return f"{_processor()}, {cores} cores"
 
-def _command():
+def running_command() -> str:
     "The command that runs: set by `reproduce`, else the program's own arguments without folders"
     if os.environ.get("XAI_COMPANION_COMMAND"):
         return os.environ["XAI_COMPANION_COMMAND"]
@@ -152,7 +152,7 @@ def record(config: dict,                # which row this is: flat, JSON values
         raise ValueError("a record needs a value and n, or values from which they follow")
     made = {"key": record_key(config, seed), "config": json.loads(json.dumps(config)), "seed": seed,
             "value": _short(value), "unit": unit, "n": int(n), "paper": paper or NOT_AVAILABLE,
-            "provenance": {"commit": commit(), "versions": versions(), "command": _command(), "dtype": str(dtype),
+            "provenance": {"commit": commit(), "versions": versions(), "command": running_command(), "dtype": str(dtype),
                            "hardware": hardware(device), "seconds": None if seconds is None else _short(seconds),
                            "data": data}}
     if interval is not None:

@@ -11,14 +11,15 @@ import base64
 import hashlib
 import html
 import io
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+
+# %% ../nbs/59_report.ipynb #7d3e5c37
+from .core import replacing
 
 # %% ../nbs/59_report.ipynb #fc1fba09
 class Markup(str):
@@ -242,10 +243,8 @@ def write_page(path: Path | str,  # the HTML file; its folder is made
                ) -> Path:         # the file written
     "Write a page in one step: the file is complete, or as it was before"
     path = check_place(path)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=path.parent) as folder:
-        half = Path(folder) / path.name
-        half.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(half, path)
+    with replacing(path) as out:
+        out.write(text.encode(errors="replace"))
     return path
 
 # %% ../nbs/59_report.ipynb #bf8217e0

@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['PAPERS', 'TOLERANCE', 'TIMES', 'ANSWER', 'save', 'load', 'merge_results', 'correlation', 'save_row', 'newest',
-           'summarize', 'agrees', 'Table', 'show', 'grid_cell', 'grid', 'compare', 'provenance', 'record', 'validate',
-           'mean_interval']
+           'summarize', 'agrees', 'Table', 'sources', 'show', 'grid_cell', 'grid', 'compare', 'provenance', 'record',
+           'validate', 'mean_interval']
 
 # %% ../nbs/02_results.ipynb #c693bf20
 import json
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from .core import PROFILES, settings
+from .core import PROFILES, replacing, settings
 from .records import NOT_AVAILABLE, canonical, mean_interval, record, t_quantile, validate
 
 # %% ../nbs/02_results.ipynb #e10e9858
@@ -49,15 +48,8 @@ def _read(file):
 def _write(file, records):
     "Write `records` in one step: readers see the old file or the new one"
     text = "[\n" + ",\n".join(json.dumps(r, ensure_ascii=False, allow_nan=False) for r in records) + "\n]\n"
-    handle, draft = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
-    try:
-        with open(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(draft, 0o644)
-        os.replace(draft, file)
-    except BaseException:
-        os.unlink(draft)
-        raise
+    with replacing(file) as out:
+        out.write(text.encode())
 
 # %% ../nbs/02_results.ipynb #c350aacd
 def _part(r, names):
@@ -273,7 +265,9 @@ def _notice(paper, table):
     remedy = "run xai-companion reproduce --record in a clone to store some"
     return Table({"": [f"no stored records yet: {remedy}"]}, index=[f"{paper}/{table}"])
 
-def _sources(paper, table):
+def sources(paper: str,  # sise, ada_sise, integrated_gradcam, edda, excon or bench
+            table: str   # name of the table
+            ) -> dict:   # what `newest` gives, by profile or "this run"
     "The rows of a table by where they come from: the stored profiles, and this run inside `reproduce`"
     columns = {profile: newest(records) for profile, records in load(paper, table).items()}
     now = settings()
@@ -284,7 +278,7 @@ def show(paper: str,  # sise, ada_sise, integrated_gradcam, edda, excon or bench
          table: str   # name of the table
          ) -> pd.DataFrame:
     "The table: the paper's numbers beside the stored ones of each profile, and this run's inside `reproduce`"
-    columns = _sources(paper, table)
+    columns = sources(paper, table)
     return _table(columns) if columns else _notice(paper, table)
 
 # %% ../nbs/02_results.ipynb #ea06fd8c
@@ -299,16 +293,15 @@ def grid_cell(records: list  # of one row: the same config, one per seed
     return f"{_number(value, decimals)} ± {_number(half, decimals)}"
 
 def grid(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
-         table: str,  # name of the table
-         across: str = "metric",  # the entry of the config whose values are the columns
+         table: str   # name of the table
          ) -> pd.DataFrame:
-    "The table with a line per row and source, and a column per value of one entry"
+    "The table with a line per row and source, and a column per metric"
     lines, counts = {}, {}
-    for source, rows in _sources(paper, table).items():
+    for source, rows in sources(paper, table).items():
         for records in rows.values():
             config = records[0]["config"]
-            column = f"{config[across]} ({records[0]['unit']})" if records[0]["unit"] else config[across]
-            label = canonical({k: v for k, v in config.items() if k not in (across, "version")})
+            column = f"{config['metric']} ({records[0]['unit']})" if records[0]["unit"] else config["metric"]
+            label = canonical({k: v for k, v in config.items() if k not in ("metric", "version")})
             if records[0]["paper"] != NOT_AVAILABLE:
                 lines.setdefault((label, "paper"), {})[column] = str(records[0]["paper"]["value"])
             lines.setdefault((label, source), {})[column] = grid_cell(records)
@@ -327,11 +320,10 @@ ANSWER = {True: "yes", False: "NO", None: "-"}
 
 def compare(paper: str,              # sise, ada_sise, integrated_gradcam, edda, excon or bench
             table: str,              # name of the table
-            stored: list | None = None,  # records to compare with; default: the stored ones of this profile
-            profile: str | None = None   # default: the current one
+            stored: list | None = None  # records to compare with; default: the stored ones of this profile
             ) -> pd.DataFrame:
     "This run's rows beside the stored ones of the same profile, and whether they agree"
-    profile = profile or settings().profile
+    profile = settings().profile
     fresh = newest(load(paper, table, settings().reports).get(profile, []))
     kept = load(paper, table)
     before = newest(kept.get(profile, []) if stored is None else stored)

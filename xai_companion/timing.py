@@ -76,10 +76,9 @@ def row(name: str,      # of the row
 def bare_passes(model: nn.Module,
                 images: torch.Tensor,  # (N, C, H, W): their size and device
                 count: int,            # forward passes
-                chunk: int | None = None,  # images at a time; default: the engine's
                 dtype: torch.dtype | None = None):
     "A function that runs `count` forward passes and nothing else"
-    chunk = chunk or default_chunk(images)
+    chunk = default_chunk(images)
     parts = [torch.rand(min(chunk, count - start), *images.shape[1:], device=images.device).contiguous(memory_format=torch.channels_last)
              for start in range(0, min(count, 2 * chunk), chunk)]
     last = torch.rand(count % chunk or chunk, *images.shape[1:], device=images.device).contiguous(memory_format=torch.channels_last)

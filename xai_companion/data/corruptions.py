@@ -7,9 +7,7 @@ __all__ = ['CORRUPTIONS', 'FURTHER', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'cor
            'CIFAR100C', 'TinyImageNetC']
 
 # %% ../../nbs/22_data.corruptions.ipynb #4e6a8f1c
-import os
 import re
-import tempfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/22_data.corruptions.ipynb #503049ed
-from ..core import progress, seeded, settings
+from ..core import progress, replacing, seeded, settings
 from .arrays import ArrayReader
 from .items import ImageSet, resized
 from .readers import DataError, ImageFolder, Reader, imagenet_wnids, need, reading
@@ -68,10 +66,8 @@ def corrupt(images: Tensor,     # uint8 (N, 3, H, W), H and W from 32 on
 # %% ../../nbs/22_data.corruptions.ipynb #9a7e7d4a
 def _store(file: Path, pixels: np.ndarray, about: str):
     "Write an array in one step"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".corrupted-", dir=file.parent) as folder:
-        np.savez(Path(folder) / file.name, pixels=pixels, about=about)
-        os.replace(Path(folder) / file.name, file)
+    with replacing(file) as out:
+        np.savez(out, pixels=pixels, about=about)
 
 def _fetch(file: Path, count: int, about: str) -> np.ndarray:
     "Read an array of `count` images, checked"

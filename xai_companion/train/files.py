@@ -9,39 +9,31 @@ __all__ = ['COLUMNS', 'write_whole', 'packed', 'alone', 'read_checkpoint', 'writ
 import csv
 import io
 import math
-import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from threading import get_ident
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/42b_train.files.ipynb #28229c94
+from ..core import replacing
 from ..viz import BLUE, LOOK, RED, subplots
 
 # %% ../../nbs/42b_train.files.ipynb #68cc93a3
 def write_whole(file: Path,    # to be written, or replaced
                 content: bytes # all of it
                 ):
-    "Write a file so that it is, at any moment, the old one or the new one"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}-{get_ident()}.part")  # nobody else's
+    "Write a file of a run so that it is, at any moment, the old one or the new one; if that fails, say how the run goes on"
     try:
-        with part.open("wb") as out:
+        with replacing(file) as out:
             out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, file)
     except OSError as error:
         raise RuntimeError(f"{file} could not be written ({error.strerror}): "
                            + ("the file of before is intact. " if file.is_file() else "")
                            + "Make room, or name a folder on another disk, and start again: the run continues."
                            ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 def _plain(value):
     "NumPy's numbers, words and arrays as Python's, in dicts and lists as well: a checkpoint with others cannot be read"

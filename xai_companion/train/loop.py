@@ -23,7 +23,7 @@ from ..core import autocasting, pick_device, processes, progress, seeded
 from ..data.items import ImageSet
 from ..data.loader import Resident, Streamed, epoch_order, subseed
 from ..hooks import classifier_of, evaluating, unwrapped
-from ..masking import _is_out_of_memory
+from ..masking import is_out_of_memory
 from ..models import SMALL, load_model
 from .checkpoint import restore_run, save_run, save_weights
 from .files import COLUMNS, alone
@@ -189,7 +189,7 @@ def stops_named(run: Run, folder: Path | None, resume: bool = True):
             kept = f"{file} is intact, and the same command continues from it" + (not resume) * " without --fresh (with resume=True)"
         raise KeyboardInterrupt(f"stopped after step {run.done} of {run.steps}: {kept}") from None
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise RuntimeError(f"not enough memory on {run.device} for a batch of {run.batch} images of "
                            f"{run.config.size} pixels: take a smaller batch, a smaller size or another model ({error})") from error

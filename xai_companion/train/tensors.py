@@ -44,20 +44,19 @@ MANY = 20_000  # images: then starting processes to read them is worth it
 
 def to_tensors(source: ImageSet,        # a set with one class per image
                size: int,               # side of the images in pixels
-               device: torch.device | str = "cpu",  # where they shall lie
                chosen: Tensor | None = None,  # (N,): which images; default: all
                ) -> tuple[Tensor, Tensor]:  # images uint8 (N, 3, S, S) and labels (N,)
     "Images and labels of a set"
     chosen = torch.arange(len(source)) if chosen is None else chosen
     count = len(chosen)
-    check_fits(count, size, torch.device(device))
+    check_fits(count, size, torch.device("cpu"))
     images, labels = torch.empty(count, 3, size, size, dtype=torch.uint8), torch.empty(count).long()
     parts = chosen.split(max(1, 2_000_000 // (3 * size * size)))  # 2 MB: what processes share may be little
     read, done = Streamed(source, size, workers=min(8, torch.get_num_threads()) if count >= MANY else 0), 0
     for some, their, _ in progress(read.batches(parts), "reading", len(parts), "batch"):
         images[done:done + len(some)], labels[done:done + len(some)] = some, their
         done += len(some)
-    return images.to(device), labels.to(device)
+    return images, labels
 
 # %% ../../nbs/42a_train.tensors.ipynb #a1c57368
 def black_image(model: nn.Module,
