@@ -126,10 +126,9 @@ def signature(obj):
 def parameter_table(obj):
     "Parameters with types, defaults and the comments that stand beside them in the source"
     table = DocmentTbl(obj)
-    comments = docments(obj, args_kwargs=True)  # has the comment of **options, which the table loses
+    comments = docments(obj, args_kwargs=True)  # the comment of **options is lost in the table, or is that of what is returned
     for name, item in table.dm.items():
-        if item["docment"] is EMPTY and comments.get(name):
-            item["docment"] = comments[name]
+        item["docment"] = comments.get(name) or EMPTY
         if item["anno"] in (NoneType, FunctionType, BuiltinFunctionType):  # guessed from the default
             item["anno"] = EMPTY
         elif item["anno"] is not EMPTY:

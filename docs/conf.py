@@ -61,6 +61,8 @@ def finish(app, exception):
     mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static" / mathjax_path
     (out / "_static" / "mathjax").mkdir(exist_ok=True)
     shutil.copyfile(mathjax, out / "_static" / mathjax_path)
+    for template in (out / "_static").glob("*webpack-macros.html"):  # of the themes; they are no pages
+        template.unlink()
     for copy in (out / "_sources").rglob("*.ipynb"):
         shutil.copyfile(DOCS.parent / "nbs" / copy.relative_to(out / "_sources"), copy)
     for page in out.rglob("*.html"):

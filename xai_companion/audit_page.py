@@ -81,7 +81,7 @@ def head(audit: Found) -> Markup:
     links = [tag("a", title, href=f"#{place}") for place, title in PLACES.items()]
     return tag(
         "div",
-        tag("p", f"Data: {about['data']}, {about['images']}. Explainer: {about['explainer']}.", class_="quiet"),
+        tag("p", f"Data: {about['data']}, {about['images']}. Explainer: {about['explainer'].partition(' (')[0]}.", class_="quiet"),
         headline(audit),
         tag("h2", "What to look at first"),
         tag("ul", *(tag("li", line) for line in find.first_look(audit.facts, audit.names))),
@@ -114,7 +114,8 @@ def calibration_part(audit: Found) -> Markup:
         text = (
             f"Temperature scaling: T = {found['temperature']:.2f}, fitted on {found['n_fit']} of the images, takes the ECE "
             f"(15 bins) of "
-            f"the other {found['n_test']} from {percent(found['before'])} to {percent(found['after'])}."
+            f"the other {found['n_test']} from {percent(found['before'])} to {percent(found['after'])}"
+            + (": no help here." if found["after"] > found["before"] else ".")
         )
     words = tag(
         "div",
@@ -206,7 +207,7 @@ def outcome_part(audit: Found) -> Markup:
     pairs = [tag("div", *(none if p is None else shown_figure(audit, p) for p in pair), class_="wide pair")
              for pair in find.side_by_side(audit.facts)]
     note = (
-        "The errors that the model was most certain of; beside each the right prediction of the same class with the "
+        "Errors that the model was certain of, every confusion once before one comes twice; beside each the right prediction of the same class with the "
         "highest confidence, if there is one."
         if pairs
         else "There is no wrong prediction to show."

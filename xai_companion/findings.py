@@ -119,10 +119,10 @@ def confusions(facts: pd.DataFrame,
 
 # %% ../nbs/59a_findings.ipynb #ce40f65b
 def side_by_side(facts: pd.DataFrame, count: int = 6) -> list[tuple[int, int | None]]:
-    "Positions of confident errors, each with a right prediction of the same class, if there is one"
+    "Positions of confident errors, of different confusions if there are enough, each with a right prediction of the same class"
     wrong = facts[~facts.correct].sort_values("confidence", ascending=False, kind="stable")
     repeated = wrong.duplicated(["label", "predicted"])
-    chosen = pd.concat([wrong[~repeated], wrong[repeated]]).head(count)
+    chosen = pd.concat([wrong[~repeated], wrong[repeated]]).head(count).sort_values("confidence", ascending=False, kind="stable")
     right = facts[facts.correct].sort_values("confidence", ascending=False, kind="stable").drop_duplicates("label")
     partner = dict(zip(right.label, right.position, strict=True))
     return [
@@ -203,7 +203,7 @@ def _about_places(facts):
         else ""
     )
     return (
-        f"On {low} of {len(known)} images the object gets less of the explanation than it would of an even map.{more}"
+        f"On {low or 'none'} of {len(known)} images the object gets less of the explanation than an even map would give it.{more}"
     )
 
 def first_look(facts: pd.DataFrame,  # a row per image

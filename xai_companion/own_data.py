@@ -161,7 +161,7 @@ class Located(ImageSet):
                  boxes: Path | str | None = None,  # a table, see `read_boxes`
                  masks: Path | str | None = None,  # a folder with a mask for each image, of the same name
                  size: int | None = None,  # squash the images to this many pixels per side
-                 crop: bool = False,   # with `size`: cut the central square instead of squashing
+                 crop: bool = False,   # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  ):
         self.data, self.size, self.crop = data, size, crop
         self.boxes, self.masks = {} if boxes is None else read_boxes(boxes), None if masks is None else Path(masks)

@@ -180,6 +180,7 @@ table { border-collapse: collapse; font-size: .9375rem; overflow-wrap: normal; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--soft); }
 th { position: sticky; top: 0; background: var(--paper); border-bottom: 1px solid var(--line); white-space: nowrap; }
 td:first-child { min-width: 7rem; }
+@media (max-width: 600px) { .scroll { max-height: none; } }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: .2rem 0;
             cursor: pointer; }

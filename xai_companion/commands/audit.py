@@ -99,7 +99,7 @@ def add_audit(commands  # the sub-parsers of `xai-companion`
     p.add_argument("--n", type=int, default=200, help="number of images, drawn at random (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     p.add_argument("--size", type=int, help="squash the images to this side in pixels (default: the model's)")
-    p.add_argument("--crop", action="store_true", help="cut the central square of an image instead of squashing it")
+    p.add_argument("--crop", action="store_true", help="cut the centre of an image, at 8/7 of the size, instead of squashing it")
     p.add_argument("--split", help="part of the data, such as val (default: the one for evaluation)")
     p.add_argument("--root", help="folder of all data sets (default: the one in settings.ini)")
     p.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")

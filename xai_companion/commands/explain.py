@@ -114,7 +114,7 @@ def add_explain(commands):
                    help="an option of the methods, such as mu=0.3 or n_masks=1000; may be repeated")
     p.add_argument("--layer", help="a layer by name (default: the method's own choice)")
     p.add_argument("--target", help="the class to explain, by index or name (default: the predicted class)")
-    p.add_argument("--size", type=int, help="side in pixels of the central square that is cut out of each image (default: the model's)")
+    p.add_argument("--size", type=int, help="side in pixels: the centre of each image is cut out, at 8/7 of this size (default: the model's)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--out", default="explanations", help="folder to write to (default: %(default)s)")
     p.set_defaults(run=run_explain)

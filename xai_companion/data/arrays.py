@@ -27,7 +27,7 @@ class ArrayReader(Reader):
                  folder: Path | str,        # the folder of the set
                  split: str | None = None,  # "test" or "train"; default: "test"
                  size: int | None = None,   # squash images to this many pixels per side; None keeps their size
-                 crop: bool = False,        # with `size`: cut the central square instead of squashing
+                 crop: bool = False,        # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  verify: bool = True,       # compare the files' MD5 sums with the authors'
                  ):
         self.verify = verify

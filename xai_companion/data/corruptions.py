@@ -144,7 +144,7 @@ class Published(Reader):
                  corruption: str = "gaussian_noise",  # one of `CORRUPTIONS` or `FURTHER`
                  severity: int = 3,         # 1 to 5
                  size: int | None = None,   # squash images to this many pixels per side; None keeps their size
-                 crop: bool = False,        # with `size`: cut the central square instead of squashing
+                 crop: bool = False,        # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  ):
         _check_choice(corruption, severity, CORRUPTIONS + FURTHER)
         self.corruption, self.severity, split = corruption, severity, f"{corruption}-{severity}"

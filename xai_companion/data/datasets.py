@@ -140,7 +140,7 @@ def load_dataset(name: str,                        # one of `DATASETS`
                  split: str | None = None,         # such as "val"; default: the one that the papers evaluate on
                  root: Path | str | None = None,   # the data root (imagefolder: your folder); default: the settings'
                  size: int | None = None,          # pixels per side; None keeps the size of the files
-                 crop: bool = False,               # with `size`: cut the central square instead of squashing
+                 crop: bool = False,               # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  **options                         # of the reader, such as masks=True of PASCAL VOC
                  ) -> ImageSet:
     "A data set by name"

@@ -79,7 +79,7 @@ class Severstal(Reader):
                  folder: Path | str,        # has train.csv and train_images/
                  split: str | None = None,  # "train" or "val", our split; default: "val"
                  size: int | None = None,   # scale patches to this many pixels per side; None keeps 256
-                 crop: bool = False,        # with `size`: cut the central square of a patch
+                 crop: bool = False,        # with `size`: cut the centre of a patch, at 8/7 of the size
                  clean: str = "one",        # patches without defect: "none", "one" of each image, or "all"
                  ):
         if clean not in ("none", "one", "all"):
@@ -144,7 +144,7 @@ class ELPV(Reader):
                  folder: Path | str | None = None,  # has labels.csv and images/; default: the package's
                  split: str | None = None,  # "train" or "val", our split; default: "val"
                  size: int | None = None,   # squash images to this many pixels per side; None keeps 300
-                 crop: bool = False,        # with `size`: cut the central square instead of squashing
+                 crop: bool = False,        # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  threshold: float = 0.5,    # defective from this probability on
                  ):
         self.threshold = threshold

@@ -44,7 +44,7 @@ def _fit(image: torch.Tensor, size: int | None, crop: bool) -> torch.Tensor:
 # %% ../../nbs/03_data.photos.ipynb #1afd2a3c
 def load_image(path: Path | str,        # an image file
                size: int | None = 224,  # pixels per side of the result; None keeps the image's size
-               crop: bool = True        # cut the central square; False squashes the whole image into it
+               crop: bool = True        # scale the short side to 8/7 of `size` and cut the centre; False squashes all of it
                ) -> torch.Tensor:       # float32 (3, H, W) in [0, 1]
     "Read an image: upright, RGB, at the size of the network"
     path = Path(path)
@@ -84,7 +84,7 @@ def image_paths(paths  # a file or a folder, or several of them
 # %% ../../nbs/03_data.photos.ipynb #8001b48a
 def load_images(paths,                   # a file or a folder, or several of them
                 size: int | None = 224,  # pixels per side of the result; None keeps the size, which all images must share
-                crop: bool = True        # cut the central square; False squashes the whole image into it
+                crop: bool = True        # scale the short side to 8/7 of `size` and cut the centre; False squashes all of it
                 ) -> torch.Tensor:       # float32 (N, 3, H, W) in [0, 1], in the order of `image_paths`
     "Read images into one batch"
     files = image_paths(paths)

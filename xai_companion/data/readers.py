@@ -97,7 +97,7 @@ class Reader(Indexed):
                  folder: Path | str,        # the folder of the set
                  split: str | None = None,  # one of `splits`; default: that of the set
                  size: int | None = None,   # squash images to this many pixels per side; None keeps their size
-                 crop: bool = False,        # with `size`: cut the central square instead of squashing
+                 crop: bool = False,        # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  ):
         self.folder, self.size, self.crop = Path(folder).expanduser(), size, crop
         self.split = self.default if split is None else split
@@ -166,7 +166,7 @@ class ImageFolder(Reader):
                  folder: Path | str,        # has one folder per class, or folders such as train and val that do
                  split: str | None = None,  # such as "train"; "all" is `folder` itself; default: "val", else "train", if it is there
                  size: int | None = None,   # squash images to this many pixels per side; None keeps their size
-                 crop: bool = False,        # with `size`: cut the central square instead of squashing
+                 crop: bool = False,        # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  ):
         folder = Path(folder).expanduser()
         parts = [part for part in ("val", "train") if has_classes(folder / part)]

@@ -52,7 +52,7 @@ class VOC2007(Reader):
                  folder: Path | str,        # VOCdevkit/VOC2007 or VOCdevkit/VOC2012
                  split: str | None = None,  # one of `splits`; default: "test" of 2007, "val" of 2012
                  size: int | None = None,   # squash images to this many pixels per side; None keeps their size
-                 crop: bool = False,        # with `size`: cut the central square instead of squashing
+                 crop: bool = False,        # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  masks: bool = False,       # give the segmentation of the images that have one
                  difficult: bool = True,    # keep objects that are marked as difficult
                  ):
@@ -133,7 +133,7 @@ class COCO2014(Reader):
                  folder: Path | str,        # has annotations/instances_val2014.json and val2014/
                  split: str | None = None,  # "val" or "train"; default: "val"
                  size: int | None = None,   # squash images to this many pixels per side; None keeps their size
-                 crop: bool = False,        # with `size`: cut the central square instead of squashing
+                 crop: bool = False,        # with `size`: cut the centre, at 8/7 of the size, instead of squashing
                  crowd: bool = True,        # keep regions with many objects that were not outlined one by one
                  ):
         self.crowd = crowd
