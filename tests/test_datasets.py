@@ -1054,3 +1054,11 @@ def test_a_box_with_swapped_corners_is_refused():
     for box in ([5.0, 1, 3, 2], [1.0, 5, 3, 2]):
         with pytest.raises(ValueError, match=r"box 1 is .*of x, y, width, height give"):
             box_mask(torch.tensor([[0.0, 0, 1, 1], box]), (8, 8))
+
+
+def test_the_fingerprint_says_the_size(tmp_path):
+    write_tiny(tmp_path / "tiny-imagenet-200")
+    plain = load_dataset("tiny_imagenet", root=tmp_path).fingerprint
+    assert len(plain.split()) == 4  # name, split, number, checksum
+    assert load_dataset("tiny_imagenet", root=tmp_path, size=32).fingerprint == plain + " squashed to 32"
+    assert load_dataset("tiny_imagenet", root=tmp_path, size=32, crop=True).fingerprint == plain + " cropped to 32"

@@ -18,8 +18,20 @@ from torchvision.utils import save_image
 from xai_companion.cli import main
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.synthetic import Synthetic
-from xai_companion.evaluate import Ledger, by_size, describe, differences, evaluate, load_units, seeded_order, summary
-from xai_companion.explain import SISE, GradCAM
+from xai_companion.evaluate import (
+    Ledger,
+    _plain,
+    _structure,
+    by_size,
+    describe,
+    differences,
+    evaluate,
+    load_units,
+    model_fingerprint,
+    seeded_order,
+    summary,
+)
+from xai_companion.explain import EXPLAINERS, SISE, GradCAM
 from xai_companion.explain.base import Explainer
 from xai_companion.explain.contract import trap_network
 from xai_companion.ledger import writing
@@ -460,3 +472,25 @@ def test_the_command_under_torchrun(tmp_path):
     assert done.returncode == 0 and done.stdout.count("16 rows in") == 1, done.stdout + done.stderr[-2000:]
     written = [len(file.read_text().splitlines()) for file in (tmp_path / "batches").glob("*.jsonl")]
     assert written == [2, 2]
+
+
+def test_fingerprints_have_eight_digits():
+    model = torch.nn.Linear(2, 2)
+    assert len(model_fingerprint(model)) == len(_structure(model)) == 8
+
+
+def test_summary_of_rows_without_a_metric():
+    frame = pd.DataFrame({"explainer": "a", "position": [0, 1, 2], "seconds": [1.0, 2.0, 3.0]})
+    assert summary(frame).loc["a"].to_dict() == {"seconds": "2", "n": "3"}
+
+
+def test_one_image_is_enough():
+    assert len(seeded_order(5, 1)) == 1 and sorted(seeded_order(5)) == list(range(5))
+    for count, n in ((5, 0), (0, None)):
+        with pytest.raises(ValueError):
+            seeded_order(count, n)
+
+
+def test_options_with_several_values_are_lists():
+    assert describe(EXPLAINERS["extremal"](torch.nn.Conv2d(3, 1, 1), areas=(0.1, 0.2)))["areas"] == [0.1, 0.2]
+    assert _plain((1, torch.zeros(2))) == [1, _plain(torch.zeros(2))] != [1, _plain(torch.ones(2))]

@@ -7,11 +7,15 @@ from skimage.filters import threshold_otsu
 from torchvision.ops import Permute
 
 from xai_companion.data.photos import photos
-from xai_companion.explain import EXPLAINERS, explain
+from xai_companion.explain import EXPLAINERS, Occlusion, explain, extremal
+from xai_companion.explain.base import activations_and_gradients
+from xai_companion.explain.cam import fuse_max
 from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
+from xai_companion.explain.extremal import area_penalty, smoothing_kernel
+from xai_companion.explain.sise import after_pooling, gate, score_maps
 from xai_companion.masking import normalize_map, upsample
 from xai_companion.metrics import average_drop
-from xai_companion.models import Normalized, load_model
+from xai_companion.models import Normalized, last_conv, load_model
 from xai_companion.results import correlation
 
 CHEAP = {
@@ -47,7 +51,7 @@ def test_contract_with_options(name, options):
 def test_sise_in_bfloat16():
     """Scores under autocast, compared on V_b scaled to [0, 1]: at most 0.1 apart. The choice of masks is the same, for it is
     made in float32. The fused map has a hard gate and is compared by correlation."""
-    model, images = load_model(), photos()[:2]
+    model, images = load_model(), photos(224)[:2]
     exact, half = (EXPLAINERS["sise"](model, mu=0.3, dtype=dtype).blocks(images, [285, 967]) for dtype in (None, torch.bfloat16))
     for a, b in zip(exact, half, strict=True):
         assert torch.equal(a.kept, b.kept) and b.visual.dtype == torch.float32
@@ -241,3 +245,115 @@ def test_counts_of_numpy():
     assert explain(model, images, "rise", n_masks=np.int64(3)).shape == (1, 1, 32, 32)
     with pytest.raises(ValueError, match="n_masks must be a whole number"):
         explain(model, images, "rise", n_masks=True)
+
+
+def test_layercam_of_several_layers_is_the_largest_of_the_scaled_maps():
+    a, b = torch.tensor([[[[0., 1], [2, 4]]]]), torch.tensor([[[[30., 0], [0, 0]]]])
+    expected = torch.tensor([[[[2, 0.5], [1, 2]]]]).tanh()  # 2 * M / max M
+    torch.testing.assert_close(fuse_max([a, b]), expected)
+    assert fuse_max([torch.zeros(1, 1, 2, 2), 0 * a]).eq(0).all()
+    model, images = trap_network(), trap_images(2)
+    single = [explain(model, images, "layercam", 1, layers=layer) for layer in ("2", "6")]
+    torch.testing.assert_close(explain(model, images, "layercam", 1, layers=["2", "6"]), fuse_max(single))
+
+
+def test_integrated_gradcam_as_released():
+    "Points 0 to m - 1, no maps of the baseline, and a sum instead of a mean"
+    model, images = load_model("plain_cnn"), photos(32)[:2]
+    layer = last_conv(model, (3, 32, 32))
+    total = 0
+    for step in range(4):
+        acts, grads, _ = activations_and_gradients(model, layer, step / 4 * images, [1, 1])
+        (act,), (grad,) = acts.values(), grads.values()
+        total = total + (grad.mean((2, 3), keepdim=True) * act).sum(1, keepdim=True).relu()
+    ours = explain(model, images, "integrated_gradcam", [1, 1], steps=4, as_released=True, chunk=3)
+    torch.testing.assert_close(ours, upsample(total, (32, 32)), rtol=1e-4, atol=1e-6)
+
+
+def test_methods_of_one_layer():
+    for name in ("integrated_gradcam", "scorecam"):
+        with pytest.raises(ValueError, match="explains one layer, got 2"):
+            EXPLAINERS[name](trap_network(), layers=["2", "6"])
+
+
+def test_draws_of_rise():
+    rise = EXPLAINERS["rise"](trap_network())
+    grids, shifts = rise.draw((21, 40))  # cells of 3 and 6 pixels
+    assert grids.shape == (8000, 1, 7, 7) and abs(grids.float().mean() - 0.5) < 0.005
+    assert shifts[:, 0].bincount().shape == (3,) and shifts[:, 1].bincount().shape == (6,)
+    assert shifts[:, 0].bincount().min() > 2400 and shifts[:, 1].bincount().min() > 1150
+
+
+def test_official_scorecam_leaves_constant_maps_out():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(2, 3))
+    images, acts = torch.rand(1, 3, 8, 8), torch.rand(1, 2, 8, 8)
+    acts[:, 0] = 1
+    weights = EXPLAINERS["scorecam"](model.eval(), "1", variant="official").weights(images, acts, torch.tensor([1]))
+    assert weights[0, 0] == 0 < weights[0, 1]
+
+
+def test_soft_gate_by_hand():
+    ramp = torch.linspace(0, 1, 101).view(1, 1, 1, -1)
+    soft, level = gate(ramp, "soft")
+    torch.testing.assert_close(soft, 1 / (1 + (-100 * (ramp - level)).exp()))
+    for pixels, factor in ((9, 1.5), (10, 1.0)):  # fewer than a tenth of the pixels are bright: a higher threshold
+        bright = (torch.arange(100) < pixels).float().view(1, 1, 10, 10)
+        assert gate(bright, "soft")[1].item() == pytest.approx(factor * gate(bright)[1].item())
+
+
+def test_one_mask_has_the_share_of_all():
+    "V_b is the mean of score times mask over the masks, also if there is one only"
+    model, images, kept = trap_network().eval(), trap_images(1), torch.tensor([[True, False, False]])
+    scores, visual = score_maps(EXPLAINERS["sise"](model), images, torch.rand(1, 3, 5, 5), kept, [1])
+    assert scores.isnan().tolist() == [[False, True, True]]
+    assert visual.sum().item() == pytest.approx(scores[0, 0].item(), rel=1e-4)
+
+
+def test_sise_as_released_takes_pooling_layers():
+    model = load_model("plain_cnn")
+    layers, pooled = (EXPLAINERS["sise"](model, as_released=released).default_layers((3, 32, 32)) for released in (False, True))
+    assert (layers, pooled) == (["block1", "block2", "block3"], ["pool1", "pool2", "pool3"])
+    assert after_pooling(model, layers[:1], torch.rand(1, 3, 32, 32)) == pooled[:1]
+
+
+def test_the_smallest_area_is_a_pixel():
+    assert area_penalty(torch.zeros(1, 1, 2, 2), torch.tensor([0.05])).item() == 0.25  # 1 of 4 pixels should be 1
+
+
+def test_the_square_of_occlusion():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 12, 2))
+    for cells, square, stride in ((4, (3, 2, 3), (3, 1, 1)), (2, (3, 4, 6), (3, 2, 3)), (10, (3, 1, 1), (3, 1, 1))):
+        found = Occlusion(model, cells=cells).arguments(torch.rand(1, 3, 8, 12), 0.0)
+        assert (found["sliding_window_shapes"], found["strides"]) == (square, stride)
+
+
+def test_more_options_must_make_sense():
+    model, images = load_model(), photos()[:1]
+    for name, option in (("fullgrad", "chunk"), ("integrated_gradients", "chunk"), ("smoothgrad", "chunk"), ("occlusion", "chunk"),
+                         ("shapley", "samples"), ("shapley", "chunk"), ("extremal", "levels"), ("extremal", "mask_step"), ("extremal", "chunk")):
+        with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1, got 0"):
+            explain(model, images, name, **{option: 0})
+
+
+def test_extremal_mirrors_every_second_step():
+    seen = []
+
+    class Records(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x.detach())
+            return x.mean((2, 3))
+
+    search = EXPLAINERS["extremal"](Records())
+    lattice, kernel, pyramid = torch.rand(1, 1, 4, 4), smoothing_kernel((2, 2), 3, (4, 4)), torch.rand(1, 3, 3, 8, 8)
+    for step in range(3):
+        search.loss(lattice, kernel, pyramid, torch.tensor([0.1]), torch.tensor([1]), step)
+    assert torch.equal(seen[1], seen[0].flip(3)) and torch.equal(seen[2], seen[0]) and not torch.equal(seen[1], seen[0])
+
+
+def test_extremal_blurs_by_the_longer_side(monkeypatch):
+    asked = []
+    monkeypatch.setattr(extremal, "blur_pyramid", lambda images, levels, sigma: asked.append((levels, sigma)) or images[:, None].expand(-1, levels, -1, -1, -1))
+    for size in ((40, 24), (24, 40)):
+        explain(trap_network(), trap_images(1, size=size), "extremal", 1, steps=1)
+    assert asked == [(8, 21 * 40 / 224)] * 2

@@ -450,3 +450,31 @@ def test_bytes_are_checked():
     for value in (torch.nan, -0.1, 1.1, torch.inf):
         with pytest.raises(ValueError, match="cat.png"):
             loader.as_bytes(torch.tensor([0.5, value]), "cat.png")
+
+
+def test_colours_of_images_larger_than_a_chunk():
+    large = torch.full((2, 3, 260, 260), 0.5)  # more than 2**16 pixels
+    torch.testing.assert_close(adjusted(large, {"brightness": torch.tensor([0.5, 1.2])})[:, 0, 0, 0], torch.tensor([0.25, 0.6]))
+
+
+def test_augmentations_want_images():
+    for images in (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(2, 3, 8, 8).long()):
+        with pytest.raises(ValueError, match="images must be"):
+            augmented(images, "crop", torch.Generator())
+
+
+def test_cutout_of_one_pixel_and_bad_fills():
+    g = torch.Generator().manual_seed(0)
+    assert (cutout(torch.ones(5, 3, 8, 8), 1, g, fill=0.0) == 0).sum((1, 2, 3)).tolist() == [3] * 5
+    assert (cutout(torch.zeros(5, 3, 8, 8), 1, g, fill=1) == 1).sum((1, 2, 3)).tolist() == [3] * 5
+    for side, fill in ((0, 0.0), (2.5, 0.0), (1, 1.01), (1, -0.1)):
+        with pytest.raises(ValueError, match="side must be at least one pixel"):
+            cutout(torch.zeros(5, 3, 8, 8), side, g, fill)
+
+
+def test_one_index_below_0():
+    data = Resident(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.arange(4))
+    for index in ([-1, 2], [1, 4], [-1], [4]):
+        with pytest.raises(ValueError, match="asks for the images"):
+            next(data.batches([torch.tensor(index)]))
+    assert next(data.batches([torch.tensor([0, 3])]))[1].tolist() == [0, 3]

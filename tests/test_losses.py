@@ -453,3 +453,16 @@ NAN[2, 1, 3] = math.nan
 def test_bad_input(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_collapsed_value_needs_positive_temperatures():
+    for options in ({"base_temperature": -0.07}, {"temperature": 0.0}):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            collapsed_value(8, **options)
+
+
+def test_how_near_is_collapsed():
+    value = collapsed_value(128)
+    assert collapse_alarm([0.991 * value] * 100, 128) and collapse_alarm([1.009 * value] * 100, 128)
+    assert collapse_alarm([0.988 * value] * 100, 128) is None is collapse_alarm([1.012 * value] * 100, 128)
+    assert collapse_alarm([value] * 99, 128) is None

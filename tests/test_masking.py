@@ -11,7 +11,7 @@ from torch import nn
 from xai_companion.data.photos import photos
 from xai_companion.explain import RISE, SISE
 from xai_companion.explain.contract import LAYER, Bomb, assert_untouched, footprint, trap_images, trap_network
-from xai_companion.masking import cover, full_size, hidden, masked_scores
+from xai_companion.masking import cover, default_chunk, full_size, hidden, masked_scores
 from xai_companion.models import load_model
 
 PEAK = """
@@ -195,3 +195,50 @@ def test_the_stream_does_not_wait_for_the_device(recwarn):
             torch.cuda.set_sync_debug_mode("default")
         counts.append(len([w for w in recwarn if "synchron" in str(w.message)]))
     assert counts[1] == counts[2], counts
+
+
+def test_out_of_memory_in_a_later_chunk_and_down_to_single_images():
+    class Full(nn.Module):
+        most, calls = 1, 0
+
+        def forward(self, x):
+            self.calls += 1
+            assert self.calls < 100, "it does not end"
+            if len(x) > (self.most if self.calls > 1 else 8):
+                raise RuntimeError("CUDA out of memory")
+            return x.mean((2, 3))
+
+    images, masks = torch.rand(1, 3, 8, 8), torch.rand(16, 1, 2, 2)
+    expected = masked_scores(Full(), images, masks, [0] * 16, 0, chunk=1)
+    torch.testing.assert_close(masked_scores(Full(), images, masks, [0] * 16, 0, chunk=8), expected)  # 8, then 8, 4, 2, and 8 times 1
+    nothing = Full()
+    nothing.most = 0
+    with pytest.raises(RuntimeError, match="single masked image"):
+        masked_scores(nothing, images, masks, [0] * 16, 0, chunk=8)
+
+
+def test_default_chunk_by_size():
+    assert [default_chunk(torch.empty(1, 3, side, side)) for side in (112, 224, 900)] == [32, 8, 1]
+
+
+def test_shifts_and_scaling_reach_the_engine():
+    "As if the masks had been made at full size before; nothing is scaled unless it is asked for"
+    network, images, masks = trap_network().eval(), trap_images(1), 0.2 + 0.5 * torch.rand(4, 1, 3, 3)
+    shift = torch.tensor([[0, 0], [1, 2], [3, 0], [6, 7]])
+    for options in ({}, {"shift": shift}, {"minmax": True}, {"shift": shift, "minmax": True}):
+        whole = full_size(masks, (20, 24), options.get("shift"), options.get("minmax", False))
+        by_hand = masked_scores(network, images * whole, torch.ones(4, 1, 20, 24), range(4), 1)
+        sums, expected = torch.zeros(1, 1, 20, 24), (whole * by_hand.view(-1, 1, 1, 1)).sum(0, keepdim=True)
+        torch.testing.assert_close(masked_scores(network, images, masks, [0] * 4, 1, into=sums, **options), by_hand)
+        torch.testing.assert_close(sums, expected)
+
+
+def test_blur_by_hand():
+    "Gaussian of 11 pixels and standard deviation 5; less where the image is smaller, mirrored at the border"
+    image = torch.zeros(1, 1, 31, 31)
+    image[..., 15, 15] = 1
+    line = torch.zeros(31)
+    line[10:21] = (-0.5 * (torch.arange(-5, 6) / 5) ** 2).exp()
+    line = line / line.sum()
+    torch.testing.assert_close(hidden(image, "blur")[0, 0], line[:, None] * line)
+    assert hidden(torch.full((1, 3, 4, 9), 0.5), "blur").sub(0.5).abs().max() < 1e-6

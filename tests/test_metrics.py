@@ -536,3 +536,65 @@ def test_arrays_are_no_tensors():
         ebpg(torch.from_numpy(maps), masks)
     with pytest.raises(TypeError, match="maps must be a float tensor .*, got ndarray"):
         ebpg(maps, torch.from_numpy(masks))
+
+
+def test_pointing_game_default_tolerance_is_a_whole_number():
+    maps, masks = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    maps[0, 0, 0, 0], masks[0, 0, 4, 1] = 1, True  # sqrt(17) = 4.12 away; 64 * 15 / 224 = 4.29 is rounded to 4
+    assert pointing_game(maps, masks).item() == 0
+
+
+def test_ebpg_of_a_map_with_a_small_sum():
+    maps, masks = torch.zeros(1, 1, 20, 20), square()
+    maps[masks.nonzero()[0].unbind()] = 1  # one pixel: its sum is 1
+    assert ebpg(maps, masks).item() == 1
+    assert ebpg(maps / 4, masks, normalize=False).item() == 1
+
+
+def test_curves_have_28_steps(model, images, maps):
+    there, back = insertion_curve(model, images, maps), deletion_curve(model, images, maps)
+    assert there.shape == back.shape == (4, 29)
+    for score, curve in ((insertion_auc, there), (deletion_auc, back)):
+        share = torch.tensor([j * 120 // 28 / 120 for j in range(29)])
+        torch.testing.assert_close(score(model, images, maps), torch.trapezoid(curve, share))
+
+
+def test_drop_and_increase_take_one_score_per_image():
+    for of in (drop, increase):
+        for before, after in ((torch.rand(2, 3), torch.rand(2, 3)), (torch.rand(0), torch.rand(0)), (torch.rand(3), torch.rand(4))):
+            with pytest.raises(ValueError, match="same images"):
+                of(before, after)
+
+
+def test_probabilities_below_0_are_refused_though_they_sum_to_1():
+    for score in (expected_calibration_error, negative_log_likelihood, brier_score):
+        with pytest.raises(ValueError, match="softmax"):
+            score(torch.tensor([[1.2, -0.2]]), torch.tensor([0]))
+
+
+def test_temperature_stays_within_the_bounds():
+    logits, labels = torch.tensor([[2 * math.log(3), 0.0]] * 4), torch.tensor([0, 0, 0, 1])  # best at 2, times the factor
+    assert temperature_scaling(3 * logits, labels, bounds=(0.05, 3)) == pytest.approx(3, rel=1e-5)
+    assert temperature_scaling(0.25 * logits, labels, bounds=(0.8, 20)) == pytest.approx(0.8, rel=1e-5)
+
+
+def test_sanity_needs_samples(model, images, maps):
+    with pytest.raises(ValueError, match="samples must be a whole number"):
+        sensitivity(GradCAM(model, "3"), images, samples=0)
+    with pytest.raises(ValueError, match="samples must be a whole number"):
+        infidelity(model, images, maps, samples=0)
+    with pytest.raises(ValueError, match="radius"):
+        sensitivity(GradCAM(model, "3"), images, radius=-0.1)
+
+
+def test_infidelity_hides_a_quarter_of_the_shorter_side(model, images, maps):
+    images, maps = images[..., :9], maps[..., :9]
+    assert infidelity(model, images, maps, samples=20).equal(infidelity(model, images, maps, side=2, samples=20))  # 9 // 4
+    images, maps = images[..., :3], maps[..., :3]
+    assert infidelity(model, images, maps, samples=20).equal(infidelity(model, images, maps, side=1, samples=20))  # at least a pixel
+
+
+def test_win_rate_needs_drops_of_the_same_images():
+    for a, b in ((torch.rand(3), torch.rand(4)), (torch.rand(0), torch.rand(0)), (torch.rand(2, 2), torch.rand(2, 2))):
+        with pytest.raises(ValueError, match="same images"):
+            win_rate(a, b)

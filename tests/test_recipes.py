@@ -508,3 +508,46 @@ def test_published_schedules_run_at_smoke_size(name, tmp_path):
     images, labels = toy(16, size=32)
     run = fit(settings, (images, labels), (images, labels), classes=list("abcd"), folder=tmp_path)
     assert run.log[-1]["val_accuracy"] is not None and settings.model == "residual_cnn"
+
+
+def test_controls_explain_another_class():
+    model, labels = net(), torch.arange(100) % 4
+    for name in ("edda_random_class", "excon_random_class"):
+        targets = ready(name, model).targets(model, labels, torch.Generator().manual_seed(0))
+        assert (targets != labels).all() and set(targets.tolist()) == {0, 1, 2, 3}
+    for name in ("edda", "random_occlusion", "excon", "exconb"):
+        assert torch.equal(ready(name, model).targets(model, labels, torch.Generator().manual_seed(0)), labels)
+
+
+def test_maps_are_not_scaled_again():
+    "A crop may show the weak part of a map only: nothing in it is salient"
+    maps, generator = torch.linspace(0, 0.4, 256).view(1, 1, 16, 16), torch.Generator().manual_seed(0)
+    assert not ready("edda", net()).masks(maps, generator).any()
+    assert not ready("excon", net()).kept(maps, generator).any()
+
+
+def test_what_is_kept_is_the_image(monkeypatch):
+    model, recipe = net().eval(), ready("excon", net().eval())
+    monkeypatch.setattr(recipe, "kept", lambda maps, generator: torch.ones_like(maps, dtype=torch.bool))
+    assert torch.equal(recipe.masked(model, batch_of(), torch.Generator()), batch_of().images.float() / 255)
+
+
+def test_excon_hides_with_the_mean_as_the_paper_does():
+    assert all(RECIPES[name].options["fill"] == "mean" for name in ("excon", "exconb", "excon_random_mask"))
+    assert RECIPES["edda"].options["fill"] == "black"
+
+
+def test_warm_up_in_epochs():
+    assert ready("supcon", net(), warmup=0.5).warm == 0.5 * 2
+    assert ready("supcon", net(), warmup=0.5, seen=36).warm == 0.5 * 36 / 12
+
+
+def test_options_of_supcon():
+    assert RECIPES["supcon"].options == {"temperature": 0.1, "base_temperature": 0.07, "dim": 128, "views": "simclr",
+                                         "classifier_views": "resized_crop", "classifier_lr": 0.1, "staged": False}
+
+
+def test_projection_has_a_dimension():
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match="dim must be a whole number of at least 1"):
+            get_recipe("supcon")(config("supcon", options={"dim": wrong}))

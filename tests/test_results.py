@@ -17,7 +17,7 @@ from scipy import stats
 from xai_companion import overview, printed, results, verdicts
 from xai_companion.core import PROFILES
 from xai_companion.records import mean_interval, record, validate
-from xai_companion.results import PAPERS, TIMES, agrees, load, save, show
+from xai_companion.results import PAPERS, TIMES, _cell, _labels, agrees, grid_cell, load, newest, save, show, summarize
 from xai_companion.testbeds import OF_PROFILE, TESTBEDS
 
 ROOT = Path(__file__).parents[1]
@@ -271,3 +271,30 @@ def test_every_table_is_shown():
 def test_a_copy_without_history_is_told_its_commit(monkeypatch):
     monkeypatch.setenv("XAI_COMPANION_COMMIT", "0123456789ab")
     assert record({"row": "A"}, 1.0, "%", n=3)["provenance"]["commit"] == "0123456789ab"
+
+
+def test_a_table_without_records_says_its_name(folders):
+    assert list(show("edda", "nothing").index) == ["edda/nothing"]
+
+
+def test_wide_intervals_have_no_decimals():
+    r = {"value": 1234.5, "interval": [984.5, 1484.5], "n": 7, "unit": "s"}
+    assert grid_cell([r]) == "1234 ± 250" and _cell([r]) == "1234 [984, 1484] s, n=7"
+
+
+def test_labels_of_configs_that_lack_an_entry():
+    assert _labels([{"row": "a", "mu": 0.3}, {"row": "a"}, {"row": "b"}]) == ["a, mu=0.3", "a", "b"]
+
+
+def test_a_record_without_a_version_is_older_than_the_first():
+    old, new = {"config": {"row": "a"}}, {"config": {"row": "a", "version": 1}}
+    assert list(newest([old, new]).values()) == [[new]]
+
+
+def test_two_values_per_seed_are_averaged_over_seeds():
+    seeds = [{"value": 2.0, "values": [1.0, 3.0], "n": 2}, {"value": 4.0, "values": [3.0, 5.0], "n": 2}]
+    mean, interval, counted = summarize(seeds)
+    assert (mean, counted) == (3.0, "n=2, 2 seeds")  # the images have the means 2 and 4
+    assert interval == pytest.approx((3 - 12.7062, 3 + 12.7062), abs=1e-3)  # t of 1 degree times 1
+    ones = [s | {"values": s["values"][:1], "n": 1} for s in seeds]
+    assert summarize(ones)[2] == "2 seeds"

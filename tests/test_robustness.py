@@ -269,3 +269,9 @@ def test_bad_steps(model, images):
     for options, words in (({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"), ({"step_size": 3}, "step_size"), ({"step_size": -0.1}, "step_size")):
         with pytest.raises(ValueError, match=words):
             pgd(model, images, LABELS, EPS, **options)
+
+
+def test_eps_just_above_1():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    with pytest.raises(ValueError, match=r"eps must be a number in \[0, 1\]"):
+        fgsm(model, torch.rand(1, 3, 2, 2), 0, 1.01)

@@ -30,6 +30,7 @@ from xai_companion.verdicts import (
     ABOVE,
     BELOW,
     CLAIMS,
+    _nearest_bound,
     claims,
     comparisons,
     difference_text,
@@ -313,3 +314,15 @@ def test_linked_table():
     assert table._repr_markdown_() == "| name | a |\n| --- | --- |\n| first | x |\n| 2 | long text |"
     assert str(table) == "name   a\nfirst  x\n2      long text" and table._repr_html_ is None
     assert isinstance(table.iloc[:1], LinkedTable)
+
+
+def test_the_bound_that_a_mean_is_tested_against():
+    assert [_nearest_bound(mean, within(3)) for mean in (-5, -2, 2, 5)] == [-3, -3, 3, 3]
+    assert _nearest_bound(-4, ABOVE) == _nearest_bound(4, BELOW) == 0
+
+
+def test_filled_markers_are_supported(quick):
+    far = np.linspace(4, 6, 30)
+    save_comparisons("sise", 1, "here", "EBPG", {"b": far, "d": -far}, ABOVE)
+    filled = {line.get_ydata()[0]: line.get_markerfacecolor() for line in forest("sise", 1).axes[0].lines if line.get_marker() == "o"}
+    assert filled == {0: "#0072B2", 1: "white"}  # b is supported, d is contradicted
