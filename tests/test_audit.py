@@ -22,7 +22,7 @@ from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.readers import ImageFolder
 from xai_companion.explain import Explainer
 from xai_companion.models import load_model
-from xai_companion.own_data import Located, match_classes, read_boxes
+from xai_companion.own_data import Located, match_classes, read_boxes, read_class_map
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -449,3 +449,18 @@ def test_the_fingerprint_says_where_the_objects_are(place):
     with Image.open(mask) as image:
         image.transpose(Image.Transpose.ROTATE_90).save(mask)
     assert len({*first, made(boxes="boxes.csv"), made(masks="masks")}) == 7 and first[0] == made()
+
+
+@pytest.mark.parametrize("row, words", [
+    ("9,9,2,2", "x0 must be below x1"), ("0,0,0,8", "x0 must be below x1"), ("-50,-50,900,900", "is not in the image of"),
+    ("300,300,350,350", "is not in the image of"), ("0,0,x,9", "line 1"), ("0,0,9", "line 1")])
+def test_boxes_that_are_none(place, row, words):
+    (place / "odd.csv").write_text(f"red/0.png,{row}\n")
+    with pytest.raises(ValueError, match=words):
+        Located(ImageFolder("pictures"), boxes="odd.csv")[ImageFolder("pictures").files.index("red/0.png")]
+
+
+def test_a_line_of_a_class_map_that_is_none(place):
+    (place / "map.csv").write_text("red,0\nblue;1\n")
+    with pytest.raises(ValueError, match="map.csv is no class map .'blue;1' stands in a line.*folder,class"):
+        read_class_map("map.csv")

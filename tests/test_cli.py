@@ -1,5 +1,7 @@
 """The command as a user runs it: a process with arguments, files, an exit code and a message."""
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,3 +365,32 @@ sys.exit(main(["data", "list"]))
 def test_ctrl_c_while_pytorch_is_imported():
     run = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60)
     assert (run.returncode, run.stderr) == (130, "interrupted\n")
+
+
+def test_explain_leaves_out_what_cannot_be_read(folder, tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(folder, pictures)
+    (pictures / "broken.png").write_bytes((folder / "cat.png").read_bytes()[:80])
+    words = ["explain", str(pictures), "--size", "64", "--device", "cpu", "--out", str(out)]
+    assert main(words) == 1 and "left out: " in (said := capsys.readouterr()).err and "broken.png" in said.err
+    assert {file.name for file in out.glob("*.png")} == {"cat.gradcam.png", "<b>coffee.gradcam.png"}
+    for file in ("cat.png", "<b>coffee.png"):
+        (pictures / file).unlink()
+    assert main(words) == 2 and "broken.png" in capsys.readouterr().err
+
+
+def test_explain_a_model_of_one_logit(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("single.py").write_text("from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 1, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n")
+    assert main(["explain", str(folder / "cat.png"), "--model", "single:make", "--size", "32", "--device", "cpu"]) == 0
+    share = float(re.search(r"class 0, ([\d.]+)%", capsys.readouterr().out)[1])
+    assert 50 <= share < 100  # the sigmoid of what a ReLU leaves
+
+
+def test_a_full_disk_names_the_file(folder, tmp_path, monkeypatch, capsys):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["explain", str(folder / "cat.png"), "--size", "32", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert "No space left on device" in (said := capsys.readouterr().err) and "index.html" in said
+    assert not (tmp_path / "out" / "index.html").exists()

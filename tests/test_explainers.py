@@ -13,6 +13,7 @@ from xai_companion.explain.cam import fuse_max
 from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
 from xai_companion.explain.extremal import area_penalty, smoothing_kernel
 from xai_companion.explain.sise import after_pooling, gate, score_maps
+from xai_companion.hooks import find_layers
 from xai_companion.masking import normalize_map, upsample
 from xai_companion.metrics import average_drop
 from xai_companion.models import Normalized, last_conv, load_model
@@ -357,3 +358,76 @@ def test_extremal_blurs_by_the_longer_side(monkeypatch):
     for size in ((40, 24), (24, 40)):
         explain(trap_network(), trap_images(1, size=size), "extremal", 1, steps=1)
     assert asked == [(8, 21 * 40 / 224)] * 2
+
+
+class Adding(torch.nn.Module):
+    "A network whose bias no module has"
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.conv, self.head = how, torch.nn.Conv2d(3, 4, 3, bias=False), torch.nn.Linear(4, 3)
+        self.offset = torch.nn.Parameter(torch.rand(4))
+        self.register_buffer("mean", torch.rand(3, 1, 1))
+
+    def forward(self, x):
+        if self.how == "mean":
+            maps = self.conv((x - self.mean) / 0.2)
+        elif self.how == "functional":
+            maps = torch.nn.functional.conv2d(x, self.conv.weight, self.offset)
+        else:
+            maps = self.conv(x) + self.offset.view(-1, 1, 1)
+        return self.head(maps.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("how, name", [("mean", "mean"), ("functional", "offset"), ("sum", "offset")])
+def test_fullgrad_refuses_a_bias_that_it_would_leave_out(how, name):
+    with pytest.raises(ValueError, match=f"'{name}' is added or subtracted by a function"):
+        explain(Adding(how).eval(), trap_images(1), "fullgrad", 1)
+
+
+def test_sums_of_two_paths_are_no_bias():
+    class Residual(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head, self.scale = torch.nn.Conv2d(3, 3, 1), torch.nn.Linear(3, 3), torch.nn.Parameter(torch.rand(3, 1, 1))
+
+        def forward(self, x):
+            return self.head((x + self.scale * self.conv(x).relu()).mean((2, 3)))
+
+    total, logit = EXPLAINERS["fullgrad"](Residual().eval()).completeness(trap_images(2), 1)
+    torch.testing.assert_close(total, logit)
+
+
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.jit.trace(model, trap_images(1))])
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_torch_jit(compiled):
+    "Methods that need layers say what to do; the others work"
+    eager, images = trap_network().eval(), trap_images(1)
+    model = compiled(eager)
+    for name in ("gradcam", "sise", "fullgrad", "scorecam", "integrated_gradcam"):
+        with pytest.raises(ValueError, match="compiled by torch.jit"):
+            explain(model, images, name, 1)
+    torch.testing.assert_close(explain(model, images, "rise", 1, n_masks=20), explain(eager, images, "rise", 1, n_masks=20))
+
+
+def test_what_is_no_model():
+    for wrong in ("resnet18", lambda x: x):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+            explain(wrong, trap_images(1))
+
+
+def test_layers_with_two_names():
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU())
+            self.last, self.head = self.features[0], torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.features(x).mean((2, 3)))
+
+    model, images = Named().eval(), trap_images(1)
+    assert list(find_layers(model, ["last", model.last])) == ["features.0"]
+    torch.testing.assert_close(*(explain(model, images, "gradcam", 1, layers=layer) for layer in ("last", "features.0")))
+    with pytest.raises(ValueError, match="no layer '': did you mean '"):
+        explain(model, images, "gradcam", 1, layers="")

@@ -598,3 +598,15 @@ def test_win_rate_needs_drops_of_the_same_images():
     for a, b in ((torch.rand(3), torch.rand(4)), (torch.rand(0), torch.rand(0)), (torch.rand(2, 2), torch.rand(2, 2))):
         with pytest.raises(ValueError, match="same images"):
             win_rate(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below(dtype):
+    "0.1 to 0.9 as decimal fractions are edges of ten bins, in every precision: two neighbours never share a bin"
+    for tenth in range(5, 9):
+        confident = torch.tensor([tenth / 10, (tenth + 1) / 10], dtype=dtype)
+        probs = torch.stack([confident, 1 - confident], 1)
+        expected = abs(0 - tenth / 10) / 2 + abs(1 - (tenth + 1) / 10) / 2  # the first is wrong, the second right
+        score = expected_calibration_error(probs, torch.tensor([1, 0]), 10)
+        if tenth > 5:  # at 0.5 both classes are as likely, and the first is predicted
+            assert score.item() == pytest.approx(expected, abs=1e-6)

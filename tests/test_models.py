@@ -1,5 +1,6 @@
 """Weights from files and caches, the layer rule on every network by name, and the embedded classifier on real photographs."""
 import csv
+from argparse import Namespace
 from collections import OrderedDict
 
 import pytest
@@ -177,3 +178,28 @@ def test_random_weights_by_name(weights):
     torch.manual_seed(0)
     first = load_model("plain_cnn", weights)
     assert not torch.equal(first(torch.ones(1, 3, 32, 32)), load_model("plain_cnn")(torch.ones(1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize("key, prefix", [("model_state_dict", ""), ("net", "module."), ("state_dict", "model."), (None, "_orig_mod."), (None, "net.")])
+def test_checkpoints_as_training_programs_write_them(tmp_path, key, prefix):
+    "Also of another number of classes, which the weights tell"
+    network = load_model("resnet18", weights=None, num_classes=4, small=True).network
+    stored = {prefix + name: value for name, value in network.state_dict().items()}
+    torch.save({key: stored, "epoch": 3} if key else stored, tmp_path / "net.pt")
+    loaded = load_model("resnet18", weights=tmp_path / "net.pt", small=True)
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in loaded.network.state_dict().items())
+    assert loaded.network.fc.out_features == 4 and loaded.classes is None
+
+
+def test_checkpoints_that_are_not_read_say_why(tmp_path):
+    stored = load_model("resnet18", weights=None, num_classes=4).network.state_dict()
+    torch.save({"state_dict": stored, "args": Namespace(lr=0.1)}, tmp_path / "more.pt")
+    with pytest.raises(ValueError, match="argparse.Namespace.*could run code"):
+        load_model("resnet18", weights=tmp_path / "more.pt")
+    (tmp_path / "net.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(ValueError, match="safetensors.torch.load_file"):
+        load_model("resnet18", weights=tmp_path / "net.safetensors")
+    torch.save(stored, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="names are like 'conv1.weight', those of the network like 'features.0.weight'") as error:
+        load_model("vgg11", weights=tmp_path / "net.pt")
+    assert len(str(error.value)) < 700

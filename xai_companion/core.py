@@ -165,6 +165,8 @@ def replacing(file: Path  # to be written, or replaced; its folder is made
             out.flush()
             os.fsync(out.fileno())
         os.replace(part, file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -38,17 +38,24 @@ def unwrapped(model: nn.Module  # any model
     return model
 
 # %% ../nbs/05_hooks.ipynb #4287954c
+def _check_eager(model):
+    "Raise if the layers of a model cannot be watched"
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ValueError("the layers of a model compiled by torch.jit cannot be watched: give the model that it was made from, "
+                         "or take a method that needs no layer, such as rise or integrated_gradients")
+
 def find_layers(model: nn.Module,  # any model; wrappers are transparent
                 layers: str | nn.Module | list,  # a name, a module of the model, or a list of them
                 ) -> dict[str, nn.Module]:
     "The modules that `layers` names, by their names in the unwrapped network"
-    modules = dict(unwrapped(model).named_modules())
-    names = {module: name for name, module in modules.items()}
+    _check_eager(model)
+    modules = {name: module for name, module in unwrapped(model).named_modules(remove_duplicate=False) if name}
+    names = {module: name for name, module in reversed(modules.items())}  # a module may have several: the first one
     found = {}
     for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
-        name = names.get(layer) if isinstance(layer, nn.Module) else str(layer)
-        if not name or name not in modules:
-            close = difflib.get_close_matches(str(layer), modules, 3) or [n for n in modules if n][-3:]
+        name = names.get(layer if isinstance(layer, nn.Module) else modules.get(str(layer)))
+        if name is None:
+            close = difflib.get_close_matches(str(layer), modules, 3) or [*modules][-3:]
             what = f"{type(layer).__name__}(...)" if isinstance(layer, nn.Module) else repr(layer)
             raise ValueError(f"the model has no layer {what}: did you mean {', '.join(map(repr, close))}? "
                              "hooks.unwrapped(model).named_modules() lists all.")
@@ -182,6 +189,7 @@ def _tensors(args, kwargs):
 def watch(model: nn.Module  # any model; wrappers are transparent
           ) -> Iterator[list[Call]]:
     "Record every call of a module and of a tensor function inside the block"
+    _check_eager(model)
     calls, begun, handles, clock = [], [], [], count()
     tick = lambda: next(clock)  # noqa: E731
     try:

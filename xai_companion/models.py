@@ -9,6 +9,7 @@ __all__ = ['EMBEDDED', 'BEST', 'channels_error', 'Normalized', 'model_names', 'i
 # %% ../nbs/06_models.ipynb #24465a2b
 import difflib
 import io
+import re
 from pathlib import Path
 
 import torch
@@ -145,10 +146,16 @@ def read_weights(file: Path | str  # a checkpoint
     try:
         stored = torch.load(content, map_location="cpu", weights_only=True)
         meta = stored.get("meta", {})
-        for key in ("state_dict", "model"):
-            stored = stored.get(key, stored)
+        for key in ("state_dict", "model_state_dict", "model", "net"):
+            stored = stored[key] if isinstance(stored.get(key), dict) else stored
         return {str(k): v for k, v in stored.items()}, dict(meta)
     except Exception as error:  # the reader fails in many ways on a damaged file
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{file} holds more than tensors and numbers ({found[1]}), and reading that could run code: write "
+                             "the weights alone with torch.save(model.state_dict(), file)") from None
+        if str(file).endswith(".safetensors"):
+            raise ValueError(f"{file} is in another format: torch.save(safetensors.torch.load_file(file), 'weights.pt') "
+                             "writes it as one that is read here") from None
         raise ValueError(f"{file} is damaged or holds no state dict ({type(error).__name__}): write it with "
                          "torch.save(model.state_dict(), file)") from error
 
@@ -156,15 +163,21 @@ def fill_weights(network: nn.Module,
                  stored: dict,  # tensors by name
                  source):       # what a message calls them, such as their file
     "Load `stored` into `network`; a mismatch names what does not fit"
-    for wrapper in ("module.", "network."):  # of DataParallel and of `Normalized`, unless the network has such names itself
-        if not stored.keys() & network.state_dict().keys():
+    for wrapper in ("module.", "_orig_mod.", "model.", "net.", "network."):  # of DataParallel, torch.compile, Lightning, `Normalized`
+        if not stored.keys() & network.state_dict().keys():  # unless the network has such names itself
             stored = {name.removeprefix(wrapper): value for name, value in stored.items()}
     try:
         network.load_state_dict(stored)
     except RuntimeError as error:
-        problem = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise ValueError(f"{source} does not fit this network: {problem}. "
-                         "Give the name, num_classes and small that it was trained with.") from None
+        problem, own = "; ".join(line.strip()[:160] for line in str(error).splitlines()[1:3]), network.state_dict()
+        remedy = ("Give the name, num_classes and small that it was trained with." if own.keys() & stored.keys() else
+                  f"Its names are like {next(iter(stored), '')!r}, those of the network like {next(iter(own))!r}: is it of another one?")
+        raise ValueError(f"{source} does not fit this network: {problem}. {remedy}") from None
+
+def _width(stored):
+    "The number of classes of a stored classifier, whose matrix comes last; None if there is no matrix"
+    matrices = [value for value in stored.values() if isinstance(value, Tensor) and value.dim() == 2]
+    return len(matrices[-1]) if matrices else None
 
 # %% ../nbs/06_models.ipynb #768bc4fc
 def _is_file(weights):
@@ -209,7 +222,7 @@ def load_model(name: str = EMBEDDED,       # one of `model_names()`
     if meta.get("model", name) != name:
         raise ValueError(f"{file} holds the weights of {meta['model']}, not of {name}: give its name")
     small = small or meta.get("small", False)
-    num_classes = num_classes or len(meta.get("classes") or ()) or (20 if name in TRAINED else 1000)
+    num_classes = num_classes or len(meta.get("classes") or ()) or _width(stored or {}) or (20 if name in TRAINED else 1000)
     network, mean, std, size = _build(name, num_classes, small)
     if file:
         fill_weights(network, stored, file)

@@ -113,7 +113,10 @@ def read_class_map(path: Path | str,  # lines "folder,class"; or .json with an o
         if path.suffix.lower() == ".json":
             return {str(k): v for k, v in json.loads(path.read_text(encoding="utf-8-sig")).items()}
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            return {folder.strip(): name.strip() for folder, name in filter(None, csv.reader(lines))}
+            rows = [row for row in csv.reader(lines) if row]
+        if wrong := [row for row in rows if len(row) != 2]:
+            raise ValueError(f"{','.join(wrong[0])!r} stands in a line")
+        return {folder.strip(): name.strip() for folder, name in rows}
     except (ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} is no class map ({error}): each line is folder,class; or the file is a JSON object"
@@ -130,8 +133,11 @@ def read_boxes(path: Path | str,  # lines "file,x0,y0,x1,y1"; a first line with 
         for number, row in enumerate(csv.reader(lines), 1):
             try:
                 if row and not (number == 1 and row[0].strip().lower() == "file"):
-                    file, x0, y0, x1, y1 = row
-                    found.setdefault(file.strip(), []).append([float(x0), float(y0), float(x1), float(y1)])
+                    file, *ends = row
+                    x0, y0, x1, y1 = map(float, ends)
+                    if not (x0 < x1 and y0 < y1):
+                        raise ValueError("x0 must be below x1, and y0 below y1; is it width and height that stand last?")
+                    found.setdefault(file.strip(), []).append([x0, y0, x1, y1])
             except ValueError as error:
                 raise ValueError(
                     f"{path}, line {number}: {','.join(row)!r} is not file,x0,y0,x1,y1 ({error})"
@@ -198,7 +204,10 @@ class Located(ImageSet):
     def __getitem__(self, index):
         item = self.data[index]
         if item.name in self.boxes:
-            boxes = self.boxes[item.name]
+            boxes, (height, width) = self.boxes[item.name], item.image.shape[1:]
+            if boxes.min() < -1 or (boxes > torch.tensor([width, height, width, height]) + 1).any():  # a pixel may be rounding
+                raise ValueError(f"a box of {item.name} is not in the image of {width} x {height} pixels, {boxes.tolist()}: boxes are "
+                                 "x0,y0,x1,y1 in pixels of the file")
             item = replace(item, boxes=boxes, box_labels=item.labels * len(boxes))
         if self.masks is not None:
             item = replace(item, masks=self.mask_of(item))

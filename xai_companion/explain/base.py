@@ -140,6 +140,8 @@ class Explainer:
                  ):
         if layers is not None and not self.takes_layers:
             raise ValueError(f"{type(self).__name__} explains pixels, not a layer, and takes no layers")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: models.load_model gives one by name")
         self.model, self.layers, self._found = model, layers, {}
 
     def attribute(self,

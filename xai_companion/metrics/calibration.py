@@ -44,11 +44,11 @@ def expected_calibration_error(probs: Tensor,   # (N, K), rows sum to 1
                                ) -> Tensor:
     "Mean distance between confidence and accuracy over the bins, a scalar"
     check_counts(bins=bins)
-    probs, labels = check_probs(probs, labels)
+    given, (probs, labels) = probs, check_probs(probs, labels)
     confidence, predicted = probs.max(1)
-    edges = torch.arange(1, bins, device=probs.device, dtype=probs.dtype) / bins
+    edges = (torch.arange(1, bins, device=probs.device, dtype=probs.dtype) / bins).to(given.dtype)  # as 0.3 is in float32
     gap = torch.zeros(bins, dtype=probs.dtype, device=probs.device)
-    gap.index_add_(0, torch.bucketize(confidence, edges), (predicted == labels).double() - confidence)
+    gap.index_add_(0, torch.bucketize(confidence, edges.double()), (predicted == labels).double() - confidence)
     return (gap.abs().sum() / len(probs)).float()
 
 # %% ../../nbs/32_metrics.calibration.ipynb #5dae528a
