@@ -53,14 +53,20 @@ def read_items(source: ImageSet,   # a set with one class per image
     if hasattr(source, "batch") and source.size == size:  # drawn sets give many at a time
         drawn = source.batch(index)
         return as_bytes(drawn.image, f"a batch of {source.name}"), drawn.label
-    images, labels = torch.empty(len(index), 3, size, size, dtype=torch.uint8), torch.empty(len(index)).long()
+    images, labels, names = torch.empty(len(index), 3, size, size), torch.empty(len(index)).long(), []
     for place, i in enumerate(index):
         item = source[i]
         if item.image.ndim != 3 or len(item.image) != 3:
             raise ValueError(f"{item.name}: an image must be (3, H, W), got {tuple(item.image.shape)}")
         item = item if item.image.shape[1:] == (size, size) else resized(item, size)
-        images[place], labels[place] = as_bytes(item.image, item.name), item.label
-    return images, labels
+        images[place], labels[place] = item.image, item.label
+        names.append(item.name)
+    try:
+        return as_bytes(images, "a batch"), labels  # all at once: many small steps on several cores wait for each other
+    except ValueError:
+        for image, name in zip(images, names, strict=True):
+            as_bytes(image, name)  # says which one it is
+        raise
 
 # %% ../../nbs/21_data.loader.ipynb #2976992e
 def _checked(index: Tensor, count: int) -> Tensor:
