@@ -464,3 +464,12 @@ def test_a_line_of_a_class_map_that_is_none(place):
     (place / "map.csv").write_text("red,0\nblue;1\n")
     with pytest.raises(ValueError, match="map.csv is no class map .'blue;1' stands in a line.*folder,class"):
         read_class_map("map.csv")
+
+
+def test_a_report_says_how_the_images_were_fitted(place):
+    words = ("my_red_model:make", "pictures", "--method", "occlusion", "--size", 16)
+    for more, kind in (((), "squashed"), (("--crop",), "cropped")):
+        assert command(*words, *more, "--out", f"{kind}.html") == 0
+        assert f"{kind} to 16 x 16 pixels" in (place / f"{kind}.html").read_text()
+    with pytest.raises(ValueError, match="--crop needs --size"):
+        command("my_red_model:make", "pictures", "--method", "occlusion", "--crop")

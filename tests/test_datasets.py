@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from xai_companion.commands.explain import save_png
 from xai_companion.core import settings
 from xai_companion.data.datasets import (
     DATASETS,
@@ -29,7 +30,8 @@ from xai_companion.data.datasets import (
     splits_here,
 )
 from xai_companion.data.inspection import decode_runs, stratified
-from xai_companion.data.items import ImageSet, Item, box_mask
+from xai_companion.data.items import ImageSet, Item, box_mask, resized
+from xai_companion.data.photos import load_image
 from xai_companion.data.readers import DataError, imagenet_wnids
 
 RANDOM = np.random.default_rng(0)
@@ -1062,3 +1064,17 @@ def test_the_fingerprint_says_the_size(tmp_path):
     assert len(plain.split()) == 4  # name, split, number, checksum
     assert load_dataset("tiny_imagenet", root=tmp_path, size=32).fingerprint == plain + " squashed to 32"
     assert load_dataset("tiny_imagenet", root=tmp_path, size=32, crop=True).fingerprint == plain + " cropped to 32"
+
+
+@pytest.mark.parametrize("height, width", [(427, 640), (640, 427), (375, 500), (300, 300), (256, 341)])
+def test_a_photograph_and_an_item_are_cropped_alike(tmp_path, height, width):
+    "As torchvision does it: the short side to 256, the long one in proportion and cut down to whole pixels, then the centre"
+    save_png(tmp_path / "a.png", torch.rand(3, height, width))
+    image = load_image(tmp_path / "a.png", size=None)
+    assert torch.equal(load_image(tmp_path / "a.png", 224), resized(Item("a", image, ()), 224, crop=True).image)
+
+
+def test_drawn_images_have_nothing_to_crop():
+    assert splits_here("synthetic") == ["train", "val", "test"]
+    with pytest.raises(ValueError, match="nothing to crop"):
+        load_dataset("synthetic", size=32, crop=True)

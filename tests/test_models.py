@@ -15,6 +15,8 @@ from xai_companion.models import (
     Normalized,
     conv_blocks,
     fill_weights,
+    find_class,
+    imagenet_classes,
     last_conv,
     load_model,
     read_weights,
@@ -203,3 +205,8 @@ def test_checkpoints_that_are_not_read_say_why(tmp_path):
     with pytest.raises(ValueError, match="names are like 'conv1.weight', those of the network like 'features.0.weight'") as error:
         load_model("vgg11", weights=tmp_path / "net.pt")
     assert len(str(error.value)) < 700
+
+
+def test_a_class_with_a_namesake_in_capitals():
+    names = imagenet_classes()
+    assert [find_class(name, names) for name in ("Cardigan", "cardigan", "CARDIGAN")] == [264, 474, 264]

@@ -240,7 +240,7 @@ def scores(model, row):
         time.sleep(60)
     return {"accuracy": 1.0}
 work = rows, range(1), lab, scores, "1", settings().reports / "train"
-take_steps(row_steps("net", *work, seconds=1))
+take_steps(row_steps(*work, title="net", seconds=1))
 frame = run_rows(*work)
 assert list(frame.row) == ["a", "b", "c"]"""
 

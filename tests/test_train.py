@@ -908,3 +908,9 @@ def test_images_of_another_kind(make, kind):
     for train, val in ((make(images, labels), None), ((images, labels), make(images, labels))):
         with pytest.raises(TypeError, match=f"not a {kind}: stack .* ImageSet"):
             fit(Config(size=16), train, val)
+
+
+def test_workers_read_sets_and_not_tensors():
+    images, labels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 2
+    with pytest.raises(ValueError, match="tensors are in memory already"):
+        fit(Config(model="plain_cnn", size=16, epochs=1, batch=4), (images, labels), workers=2)

@@ -155,7 +155,7 @@ def provenance(setting: Setting, how: str, seed: int, model_name: str | None, da
         "images": f"all {count} images"
         if count == len(data)
         else f"{count} of {len(data)} images, drawn at random (seed {seed})",
-        "image size": f"squashed to {setting.size} x {setting.size} pixels"
+        "image size": f"{'cropped' if getattr(data, 'crop', False) else 'squashed'} to {setting.size} x {setting.size} pixels"
         if setting.size
         else "as the data set gives them",
         "classes": f"{len(data.classes)}, matched {how}",

@@ -8,7 +8,6 @@ __all__ = ['PLACES', 'SCALE', 'PARTS', 'Shown', 'Found', 'interval', 'headline',
 
 # %% ../nbs/59c_audit_page.ipynb #eb445d77
 import pandas as pd
-import torch
 from torch import Tensor
 
 # %% ../nbs/59c_audit_page.ipynb #1979b6cb

@@ -15,7 +15,6 @@ import shutil
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 
 import torch
@@ -32,7 +31,7 @@ from .models import last_conv, load_model
 from .printed import PRINTED
 from .records import record_key
 from .results import save, show
-from .steps import PLANNED, Step, take_steps
+from .steps import Step
 from .timing import bare_passes, bench_files, bench_loader, bench_training, first, rounds, row, spread, whole
 from .train.files import write_whole
 

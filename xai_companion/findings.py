@@ -10,7 +10,6 @@ __all__ = ['LABELS', 'with_focus', 'share_interval', 'summarize', 'overall', 'by
 import math
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 # %% ../nbs/59a_findings.ipynb #f37d6ac2

@@ -159,7 +159,7 @@ def entering(model: nn.Module,  # any model; wrappers are transparent
 @dataclass(frozen=True)
 class Call:
     "One call of a module or a tensor function in a forward pass"
-    name: str       # the module's name; "" for the network itself; None for a function
+    name: str | None  # the module's name; "" for the network itself; None for a function
     kind: str       # the module's class or the function's name
     inputs: tuple   # tensors that went in
     output: object  # what came out

@@ -29,13 +29,13 @@ class Ledger:
         self.done, self.own, self.config = {}, None, config
         if folder is None:
             return
-        stem = f"{config['explainer']['method']}-{hashlib.sha256(canonical(config).encode()).hexdigest()[:12]}"
-        self.own = folder / f"{stem}.{rank}.jsonl"
+        self.stem = folder / f"{config['explainer']['method']}-{hashlib.sha256(canonical(config).encode()).hexdigest()[:12]}"
+        self.own = Path(f"{self.stem}.{rank}.jsonl")
         self.read()
 
     def read(self):
         "Take in what all processes have written, without a last line that is not whole"
-        for file in sorted(self.own.parent.glob(f"{glob.escape(self.own.name.rsplit('.', 2)[0])}.*.jsonl")):
+        for file in sorted(self.stem.parent.glob(f"{glob.escape(self.stem.name)}.*.jsonl")):
             try:
                 self.done |= {entry["batch"]: entry for entry in map(json.loads, file.read_bytes().split(b"\n")[:-1])}
             except ValueError as error:
@@ -69,7 +69,7 @@ def writing(ledger: Ledger  # to be added to inside the block
         raise RuntimeError(f"another process is writing {ledger.own}: wait until it has ended, give another folder, or share the "
                            "work with torchrun, which numbers its processes") from None
     try:
-        Path(f"{ledger.own}".rsplit(".", 2)[0] + ".json").write_text(json.dumps(ledger.config, indent=1) + "\n")
+        Path(f"{ledger.stem}.json").write_text(json.dumps(ledger.config, indent=1) + "\n")
         if ledger.own.is_file():
             os.truncate(ledger.own, ledger.own.read_bytes().rfind(b"\n") + 1)
         ledger.read()

@@ -257,6 +257,8 @@ def find_class(query: str | int,  # an index, or the name of a class in any case
                classes: list | None,  # the K names, or None if they are not known
                ) -> int:
     "The index of a class given by its name or index"
+    if classes and query in classes:
+        return list(classes).index(query)
     lower = [name.lower() for name in classes or ()]
     if isinstance(query, str) and query.lower() in lower:
         return lower.index(query.lower())

@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from .steps import clock, read_plan
+from .steps import clock, out_of_time, read_plan
 
 # %% ../nbs/64_notebooks.ipynb #8edfbd22
 def find_papers(start: Path | str | None = None  # folder to start from; default: the working directory
@@ -103,7 +103,8 @@ def run_notebook(notebook: Path,        # the notebook; its folder is the workin
     executed = nbformat.read(notebook, as_version=4)
     todo = [(i, cell) for i, cell in enumerate(executed.cells) if _is_code(cell)]
     for cell in executed.cells:
-        cell |= {"outputs": [], "execution_count": None} if cell.cell_type == "code" else {}
+        if cell.cell_type == "code":
+            cell |= {"outputs": [], "execution_count": None}
     client = Telling(executed, km=_kernel(), timeout=None, shutdown_kernel="immediate", record_timing=False)
     try:
         with client.setup_kernel(cleanup_kc=True, cwd=str(notebook.parent), env=KEEP_MEMORY | env):
@@ -143,8 +144,9 @@ def show_plan(notebooks: list[Path],  # in the order of the run
     for notebook in notebooks:
         print(f"  {notebook.stem} ... ", end="", flush=True)
         executed, error = run_notebook(notebook, env)
-        print("" if not error or "OutOfTime: " in error else f"FAILED in {error}", flush=True)
-        status |= bool(error) and "OutOfTime: " not in error
+        failed = bool(error) and not out_of_time(error)
+        print(f"FAILED in {error}" if failed else "", flush=True)
+        status |= failed
         for seconds, _ in steps_left(executed):
             total += seconds
             if total > HOUR:

@@ -163,9 +163,10 @@ def settings_overview(root: Path | None = None  # folder of the records; default
         for r, profile in stored_comparisons(paper, root):
             line = found.setdefault((r["config"]["setting"], profile), {"papers": {}, "data": {}, "n": []})
             line["papers"][TITLES[paper]] = line["data"][r["provenance"]["data"]] = True
-            line["n"].append(_counted(paper, [r]))
+            unit = unit_of(paper, r)
+            line["n"].append((unit != "batches", r["n"], unit))  # batches only where nothing else was counted
     rows = {f"{setting} ({profile})": {"papers": ", ".join(line["papers"]), "data": ", ".join(line["data"]),
-                                       "n at most": max(line["n"], key=lambda text: ("batch" not in text, int(text.split()[0])))}
+                                       "n at most": "{1} {2}".format(*max(line["n"], key=lambda entry: entry[:2]))}
             for (setting, profile), line in found.items()}
     columns = ["papers", "data", "n at most"]
     return LinkedTable.from_dict(rows, orient="index", columns=columns).rename_axis("setting (profile)")

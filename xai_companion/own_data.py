@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/59b_own_data.ipynb #440ecd56
-from .data.items import ImageSet, Item, resized
+from .data.items import ImageSet, Item, boxes_fit, resized
 from .data.photos import load_image
 
 # %% ../nbs/59b_own_data.ipynb #46e276d7
@@ -205,7 +205,7 @@ class Located(ImageSet):
         item = self.data[index]
         if item.name in self.boxes:
             boxes, (height, width) = self.boxes[item.name], item.image.shape[1:]
-            if boxes.min() < -1 or (boxes > torch.tensor([width, height, width, height]) + 1).any():  # a pixel may be rounding
+            if not boxes_fit(boxes, height, width):
                 raise ValueError(f"a box of {item.name} is not in the image of {width} x {height} pixels, {boxes.tolist()}: boxes are "
                                  "x0,y0,x1,y1 in pixels of the file")
             item = replace(item, boxes=boxes, box_labels=item.labels * len(boxes))

@@ -22,7 +22,7 @@ from .core import FLOAT32, pick_device, settings
 from .notebooks import check_tools, choose, find_papers, paper_name, run_notebook, show_plan, steps_taken
 from .overview import claims_overview
 from .results import ANSWER, compare, load
-from .steps import PLANNED, TIME_BOX
+from .steps import PLANNED, TIME_BOX, out_of_time
 
 # %% ../nbs/65_reproduce.ipynb #dcc7b568
 @dataclass
@@ -72,8 +72,8 @@ color-scheme: light dark} td, th {text-align: left; padding: .2rem 1rem .2rem 0}
 
 def _state(outcome):
     "How a notebook went, in a line"
-    if "OutOfTime: " in outcome.error:
-        return f"{outcome.seconds:.1f} s, not at its end: " + outcome.error.partition("OutOfTime: ")[2]
+    if ended := out_of_time(outcome.error):
+        return f"{outcome.seconds:.1f} s, not at its end: {ended}"
     return f"FAILED after {outcome.seconds:.1f} s in {outcome.error}" if outcome.error else f"{outcome.seconds:.1f} s"
 
 def _index(outcomes, profile):
@@ -108,7 +108,7 @@ def _tell(outcomes, reports):
             answers += list(table["agrees"])
     if found is not None:
         print(f"\nclaims\n{found}")
-    failed = [o.file.stem for o in outcomes if o.error and "OutOfTime: " not in o.error]
+    failed = [o.file.stem for o in outcomes if o.error and not out_of_time(o.error)]
     ended = sum(not o.error for o in outcomes)
     where = index.relative_to(Path.cwd()) if index.is_relative_to(Path.cwd()) else index
     print(f"\n{ended} of {len(outcomes)} notebooks ran to the end"
@@ -144,8 +144,9 @@ def _run_one(notebook, now, env):
     outcome.seconds, outcome.steps = time.perf_counter() - start, steps_taken(executed)
     nbformat.write(executed, now.reports / notebook.name)
     (now.reports / f"{notebook.stem}.html").write_text(_page(executed, notebook, now.reports), encoding="utf-8")
-    outcome.tables = {} if outcome.paper == "bench" else {name: compare(outcome.paper, name, stored.get(name, []))
-                      for name in _table_names(now.reports, outcome.paper, now.profile)}  # times are of a computer
+    if outcome.paper != "bench":  # times are of a computer
+        outcome.tables = {name: compare(outcome.paper, name, stored.get(name, []))
+                          for name in _table_names(now.reports, outcome.paper, now.profile)}
     return outcome
 
 # %% ../nbs/65_reproduce.ipynb #88649d3f
@@ -153,9 +154,9 @@ SAMPLE = ("ada_sise", "edda")  # what `--check` runs
 OUT_OF_TIME = 75               # exit status
 
 def _deadline(profile, minutes):
-    "When no further step may begin; 0: the plan only; None: no plan of steps"
+    "When no further step may begin; None: no plan of steps"
     if minutes is not None:
-        return time.time() + 60 * minutes if minutes else 0
+        return time.time() + 60 * minutes
     return "inf" if profile in ("gpu", "paper") else None
 
 def _disagreeing(outcomes):
@@ -176,7 +177,7 @@ def _run_all(notebooks, now, env):
         print(f"  {notebook.stem} ... ", end="", flush=True)
         outcomes.append(_run_one(notebook, now, env))
         print(_state(outcomes[-1]), flush=True)
-        if "OutOfTime: " in outcomes[-1].error:
+        if out_of_time(outcomes[-1].error):
             break
     return outcomes
 
@@ -208,7 +209,7 @@ def reproduce(papers: list[str] | None = None,  # names such as "sise"; default:
         return 130
     (now.reports / "index.html").write_text(_index(outcomes, now.profile), encoding="utf-8")
     _tell(outcomes, now.reports)
-    if "OutOfTime: " in outcomes[-1].error:
+    if out_of_time(outcomes[-1].error):
         if any(outcome.steps for outcome in outcomes):
             return OUT_OF_TIME
         print(f"No step fits: give more than --minutes {minutes:g}")

@@ -302,21 +302,22 @@ def grid(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
          table: str   # name of the table
          ) -> pd.DataFrame:
     "The table with a line per row and source, and a column per metric"
-    lines, counts = {}, {}
+    lines, counts, configs = {}, {}, {}
     for source, rows in sources(paper, table).items():
         for records in rows.values():
             config = records[0]["config"]
             column = f"{config['metric']} ({records[0]['unit']})" if records[0]["unit"] else config["metric"]
-            label = canonical({k: v for k, v in config.items() if k not in ("metric", "version")})
+            kind = {k: v for k, v in config.items() if k not in ("metric", "version")}
+            label = canonical(kind)
+            configs.setdefault(label, kind)
             if records[0]["paper"] != NOT_AVAILABLE:
                 lines.setdefault((label, "paper"), {})[column] = str(records[0]["paper"]["value"])
             lines.setdefault((label, source), {})[column] = grid_cell(records)
             counts.setdefault((label, source), set()).add(records[0]["n"])
     if not lines:
         return _notice(paper, table)
-    kinds = list(dict.fromkeys(label for label, _ in lines))
-    names = dict(zip(kinds, _labels([{**json.loads(kind)} for kind in kinds]), strict=True))
-    order = sorted(lines, key=lambda line: (kinds.index(line[0]), line[1] != "paper"))
+    names = dict(zip(configs, _labels([*configs.values()]), strict=True))
+    order = sorted(lines, key=lambda line: ([*configs].index(line[0]), line[1] != "paper"))
     body = pd.DataFrame([lines[line] for line in order]).fillna("")
     body["n"] = [" to ".join(map(str, sorted({min(c), max(c)}))) if (c := counts.get(line)) else "" for line in order]
     return Table(body.to_dict("list"), index=pd.MultiIndex.from_tuples([(names[label], source) for label, source in order]))

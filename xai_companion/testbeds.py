@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -21,8 +20,7 @@ from .core import by_profile, settings
 from .data.datasets import load_dataset
 from .data.items import ImageSet
 from .evaluate import differences, evaluate, is_finished
-from .explain import (RISE, SISE, AdaSISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradCAM,
-                                   IntegratedGradients, ScoreCAM)
+from .explain import (RISE, SISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradients, ScoreCAM)
 from .metrics import METRICS, Metric
 from .models import load_model, read_weights
 from .results import save_row

@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from .core import PROFILES
 from .records import mean_interval, record
 from .results import TIMES, Table, load, save
 from .viz import LOOK, subplots
@@ -153,14 +152,12 @@ def stored_comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda o
                        root: Path | None = None  # folder of the papers; default: results/
                        ) -> list:   # of (record, profile)
     "The stored comparisons of a paper; where a setting was run in several profiles, those of the largest"
-    found = {}
-    for profile, records in load(paper, "claims", root).items():
+    found, largest = {}, {}
+    for profile, records in load(paper, "claims", root).items():  # from small to large profiles
         for r in records:
-            settled = {k: r["config"][k] for k in ("claim", "setting", "metric", "rival")}
-            found[tuple(settled.values())] = (r, profile)
-    largest = {}
-    for (claim, setting, *_), (_, profile) in found.items():
-        largest[claim, setting] = max(largest.get((claim, setting), profile), profile, key=list(PROFILES).index)
+            claim, setting, metric, rival = (r["config"][k] for k in ("claim", "setting", "metric", "rival"))
+            found[claim, setting, metric, rival] = r, profile
+            largest[claim, setting] = profile
     return [(r, profile) for (claim, setting, *_), (r, profile) in found.items() if largest[claim, setting] == profile]
 
 def judged(r: dict  # a stored comparison

@@ -49,6 +49,8 @@ def run_audit(args  # what the parser found
     size = own if isinstance(own, int) else None
     if size is not None:
         check_takes(model, (size, size))
+    elif args.crop:
+        raise ValueError("the model does not say for which images it was made, so --crop needs --size")
     explainers = parse_methods(args.method, model)
     if len(explainers) != 1:
         raise ValueError(

@@ -10,7 +10,6 @@ __all__ = ['IMAGENET', 'CIFAR', 'GET', 'DATASETS', 'FLICKR', 'Source', 'load_dat
 import difflib
 import inspect
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 # %% ../../nbs/20d_data.datasets.ipynb #1233d718
 from ..core import is_watched, progress, settings
 from . import arrays, inspection, readers, scenes
-from .items import ImageSet, Item
+from .items import ImageSet, Item, boxes_fit
 from .readers import DataError, Reader, need, reading
 
 # %% ../../nbs/20d_data.datasets.ipynb #4ab43337
@@ -146,6 +145,8 @@ def load_dataset(name: str,                        # one of `DATASETS`
     "A data set by name"
     source = _source(name)
     if name == "synthetic":
+        if crop:
+            raise ValueError("synthetic images are drawn at the size that is asked for: there is nothing to crop")
         from xai_companion.data.synthetic import Synthetic
         return Synthetic(split=split or "val", **options | ({} if size is None else {"size": size}))
     known = list(inspect.signature(source.reader).parameters)[4:]
@@ -155,7 +156,7 @@ def load_dataset(name: str,                        # one of `DATASETS`
     if not folder.is_dir():
         raise FileNotFoundError(f"{name} is not here: there is no folder {folder}. To get it: {source.get}")
     if split == "val" and source.reader.splits and "val" not in source.reader.splits:
-        split = None
+        split = None  # what is held back there is called "test", the default
     return source.reader(folder, split, size, crop, **options)
 
 # %% ../../nbs/20d_data.datasets.ipynb #f9e11b62
@@ -169,11 +170,11 @@ def check_item(item: Item, data: ImageSet):
     if not data.multi_label and len(item.labels) != 1:
         raise DataError(f"{here}: one label is expected, not {item.labels}")
     if item.boxes is not None:
-        low, high = torch.tensor([-1, -1, shape[2] + 1, shape[1] + 1]), item.boxes
-        if len(high) != len(item.box_labels) or not set(item.box_labels) <= set(item.labels):
-            raise DataError(f"{here}: {len(high)} boxes of the classes {item.box_labels}, in an image of {item.labels}")
-        if not ((high[:, :2] >= low[:2]) & (high[:, 2:] <= low[2:]) & (high[:, :2] <= high[:, 2:])).all():
-            raise DataError(f"{here}: a box of {high.tolist()} is not in the image of {shape[2]} x {shape[1]} pixels")
+        boxes = item.boxes
+        if len(boxes) != len(item.box_labels) or not set(item.box_labels) <= set(item.labels):
+            raise DataError(f"{here}: {len(boxes)} boxes of the classes {item.box_labels}, in an image of {item.labels}")
+        if not boxes_fit(boxes, *shape[1:]):
+            raise DataError(f"{here}: a box of {boxes.tolist()} is not in the image of {shape[2]} x {shape[1]} pixels")
     for mask in ([] if item.masks is None else [item.masks]) + list(item.extra.values()):
         if mask.dtype != torch.bool or mask.shape[-2:] != shape[1:]:
             raise DataError(f"{here}: a mask is {mask.dtype} {tuple(mask.shape)} for an image of {shape}")
@@ -209,6 +210,8 @@ def check_set(data: ImageSet,        # any set of items
 def splits_here(name: str, root: Path | str | None = None) -> list:
     "The splits of a data set whose files are there"
     reader, folder = _source(name).reader, _place(name, root)
+    if reader is None:  # drawn, not read
+        return list(DATASETS[name].splits)
     return [split for split in reader.splits if all((folder / mark).exists() for mark in reader.marks(split))]
 
 # %% ../../nbs/20d_data.datasets.ipynb #1644e57a

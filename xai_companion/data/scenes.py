@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 # %% ../../nbs/20b_data.scenes.ipynb #1f2988e8
-from .items import Item
 from .readers import DataError, Reader, need, reading
 
 # %% ../../nbs/20b_data.scenes.ipynb #7a029fb8

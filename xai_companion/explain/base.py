@@ -20,7 +20,7 @@ from torch import Tensor, nn
 # %% ../../nbs/10_explain.base.ipynb #820f94b0
 from ..core import seeded, span
 from ..hooks import capture, evaluating
-from ..masking import check_dtype, masked_scores, normalize_map, upsample
+from ..masking import check_dtype, masked_scores, upsample
 from ..models import channels_error, check_layout, last_conv
 from ..scores import check_logits, check_score, class_scores, pick_target
 

@@ -89,12 +89,12 @@ def stray_bias(calls: list[Call],  # of a forward pass, from `hooks.watch`
                modules: dict,      # by name: those whose biases no rule sees
                ) -> str | None:    # the name of a parameter or buffer
     "What a function adds, of the tensors that belong to these modules"
-    owned = {t.untyped_storage().data_ptr(): f"{name}.{own}".strip(".") for name, module in modules.items()
+    owned = {id(t): f"{name}.{own}".strip(".") for name, module in modules.items()
              for own, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     for call in (call for call in calls if call.name is None):
         kind = call.kind.strip("_")
         added = call.inputs if kind in ADDING else call.inputs[2:] if kind in WITH_BIAS else ()
-        found = [owned[key] for t in added if (key := t.untyped_storage().data_ptr()) in owned]
+        found = [owned[key] for t in added for key in (id(t), id(t._base)) if key in owned]  # itself, or a view of it
         if found:
             return found[-1]
     return None

@@ -9,7 +9,6 @@ __all__ = ['describe', 'save_run', 'restore_run', 'save_weights']
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 # %% ../../nbs/42f_train.checkpoint.ipynb #92489a13
@@ -48,14 +47,14 @@ def restore_run(run, folder: Path):
     stored = read_checkpoint(file)
     before, own = stored["config"], asdict(run.config)
     other = [f"{k} {before.get(k)!r} there, {v!r} here" for k, v in own.items() if before.get(k) != v]
-    other += ["other training images"] * (stored.get("images", run.data.fingerprint) != run.data.fingerprint)
+    other += ["other training images"] * (stored["images"] != run.data.fingerprint)
     if other:
         raise ValueError(f"{file} is of another run ({', '.join(other)}): name another folder, or start afresh "
                          "(--fresh, or resume=False), which overwrites it")
     network = unwrapped(run.model)
     try:
         network.load_state_dict(stored["state_dict"])
-        if stored.get("network", str(network)) != str(network):
+        if stored["network"] != str(network):
             raise ValueError("the weights fit, the layers differ")
         run.recipe.restore(stored["recipe"])
         for part, optimizer in run.optimizers.items():

@@ -81,13 +81,12 @@ class SupCon(Recipe, name="supcon"):
         return Views(torch.cat(pair), batch.labels)
 
     def loss(self, model, views, moment):
-        name, _ = classifier_of(model)
         if moment.part == "classifier":
-            with torch.no_grad(), evaluating(model), entering(model, name) as seen:
+            with torch.no_grad(), evaluating(model), entering(model, self.classifier) as seen:
                 model(views.images)
             logits = self.classifier(seen[0]).float()
             return F.cross_entropy(logits, views.labels, label_smoothing=self.config.smoothing), logits
-        with entering(model, name) as seen:
+        with entering(model, self.classifier) as seen:
             logits = model(views.images)
         count, option = len(views.labels), self.option
         z = F.normalize(self.head(seen[0]).float(), dim=1)
@@ -157,7 +156,8 @@ class ExCon(SupCon, name="excon"):
         "Does the network, as it is now, recognise the class, bool (B,)"
         with torch.inference_mode(), evaluating(model):
             with autocasting(masked.device, self.config.dtype):
-                return (model(masked).argmax(1) == labels).clone()
+                right = model(masked).argmax(1) == labels
+        return right.clone()  # no tensor of inference mode: the loss may keep it for its gradient
 
 # %% ../../nbs/42d_train.contrastive.ipynb #025f8d69
 class ExConB(ExCon, name="exconb"):

@@ -7,7 +7,6 @@ __all__ = ['FILLS', 'check_options', 'maps_of', 'EDDA', 'RandomOcclusion', 'othe
 
 # %% ../../nbs/42c_train.edda.ipynb #e7f328ea
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/42c_train.edda.ipynb #61c33ef7

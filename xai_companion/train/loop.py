@@ -243,12 +243,17 @@ def prepare(config: Config, train, val, model, classes, device, workers=None) ->
     if isinstance(train, ImageSet) and isinstance(val, ImageSet) and train.classes != val.classes:
         raise ValueError(f"the validation images have other classes than the training images: {', '.join(val.classes[:5])} beside "
                          f"{', '.join(train.classes[:5])}; a label would mean one thing here and another there")
+    if workers is not None and not isinstance(train, ImageSet):
+        raise ValueError("workers read the images of an ImageSet: tensors are in memory already")
     val = to_tensors(val, config.size) if isinstance(val, ImageSet) else val
-    if isinstance(train, ImageSet):
-        train = to_tensors(train, config.size) if workers is None else Streamed(train, config.size, device, workers)
-    labels = train.labels if isinstance(train, Streamed) else train[1]
+    streamed = workers is not None
+    if streamed:
+        train = Streamed(train, config.size, device, workers)
+    elif isinstance(train, ImageSet):
+        train = to_tensors(train, config.size)
+    labels = train.labels if streamed else train[1]
     count = _class_count(labels, classes, model, config.size)
-    if not isinstance(train, Streamed):
+    if not streamed:
         train = check_data(*train, config.size, count)
     val = val and check_data(*val, config.size, count, "validation")
     more = get_recipe(config.recipe).extra_classes(config.options)
@@ -261,8 +266,8 @@ def prepare(config: Config, train, val, model, classes, device, workers=None) ->
                          + (f", with one more for {', '.join(more)!r}" if more else "") + ": give it a classifier with as many")
     check_trainable(model, labels, min(config.batch, len(labels)))
     if device.type != "cpu":
-        check_fits((len(labels) if workers is None else 0) + (len(val[1]) if val else 0), config.size, device)
-    train = train if isinstance(train, Streamed) else Resident(*(t.to(device) for t in train))
+        check_fits((0 if streamed else len(labels)) + (len(val[1]) if val else 0), config.size, device)
+    train = train if streamed else Resident(*(t.to(device) for t in train))
     return Run(config, model.to(device).train(), train, val and tuple(t.to(device) for t in val))
 
 # %% ../../nbs/43_train.loop.ipynb #8c094292
