@@ -32,7 +32,7 @@ from .printed import PRINTED
 from .records import record_key
 from .results import save, show
 from .steps import Step
-from .timing import bare_passes, bench_files, bench_loader, bench_training, first, rounds, row, spread, whole
+from .timing import bare_passes, bench_files, bench_loader, bench_training, extrapolated, limited, ratio_record, rounds, timing_record
 from .train.files import write_whole
 
 # %% ../nbs/66_bench.ipynb #0a2ee89d
@@ -50,7 +50,7 @@ def ours(model: nn.Module, layer: str, images, target) -> dict:
     "Our gradient methods, as functions without arguments"
     explainers = {"Grad-CAM, ours": GradCAM(model, layer), "LayerCAM, ours": LayerCAM(model, layer), "FullGrad, ours": FullGrad(model),
                   "Integrated Grad-CAM with 10 steps, ours": IntegratedGradCAM(model, layer, steps=10)}
-    return {name: lambda e=e: e.attribute(images, target) for name, e in explainers.items()}
+    return {name: partial(e.attribute, images, target) for name, e in explainers.items()}
 
 def peers(model: nn.Module, layer: str, images, target) -> dict:
     "Grad-CAM of captum, grad-cam and torchcam, as functions without arguments"
@@ -89,7 +89,7 @@ def bench_cams(name: str,         # one of NETWORKS
     contestants = {"bare": bare, **ours(model, layer, images, target), **peers(model, layer, images, target)}
     seconds = rounds(contestants, repeats, device)
     floor = seconds.pop("bare")
-    return [row(f"{contestant}: {name}", s, floor, device=device, data=PHOTOS, model=name, batch=4, size=size)
+    return [ratio_record(f"{contestant}: {name}", s, floor, device=device, data=PHOTOS, model=name, batch=4, size=size)
             for contestant, s in seconds.items()]
 
 # %% ../nbs/66_bench.ipynb #84766539
@@ -107,8 +107,8 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 def maskers(model: nn.Module, masks: int, **options) -> dict:
     "The methods that mask, each limited to about `masks` masks"
     per_layer = masks // 5
-    return {"RISE": first(RISE, masks)(model, **options), "Score-CAM": first(ScoreCAM, masks)(model, **options),
-            "SISE": first(SISE, per_layer)(model, **options), "Ada-SISE": first(AdaSISE, per_layer)(model, **options)}
+    return {"RISE": limited(RISE, masks)(model, **options), "Score-CAM": limited(ScoreCAM, masks)(model, **options),
+            "SISE": limited(SISE, per_layer)(model, **options), "Ada-SISE": limited(AdaSISE, per_layer)(model, **options)}
 
 def bench_masks(name: str,          # for `network`
                 repeats: int = 5,   # rounds
@@ -124,7 +124,7 @@ def bench_masks(name: str,          # for `network`
         model.network.compile()
     explainers = maskers(model, masks, dtype=dtype)
     both = {**explainers, **{f"{method}, none": e for method, e in maskers(model, 0, dtype=dtype).items()}}
-    contestants = {method: lambda e=e: e.attribute(image, 285) for method, e in both.items()}
+    contestants = {method: partial(e.attribute, image, 285) for method, e in both.items()}
     seconds = rounds(contestants | {"bare": bare_passes(model, image, masks, dtype=dtype)}, repeats, device)
     about = dict(model=name, size=size, masks=masks, device=device, dtype=dtype_name(dtype))
     about |= {"compiled": True} if compiled else {}
@@ -132,12 +132,12 @@ def bench_masks(name: str,          # for `network`
     per_image, over, per_mask = [], [], []
     for method, explainer in explainers.items():
         ones = [explainer.run] * repeats
-        total = whole(seconds[f"{method}, none"], seconds[method], (0, explainer.run, explainer.full))
-        per_image.append(spread(f"{method}, {explainer.full} masks: {kind}", total, "s per image", seconds[method],
+        total = extrapolated(seconds[f"{method}, none"], seconds[method], (0, explainer.run, explainer.full))
+        per_image.append(timing_record(f"{method}, {explainer.full} masks: {kind}", total, "s per image", seconds[method],
                                 paper=paper_seconds(method, name), **about))
         floor = [s * explainer.run / masks for s in seconds["bare"]]
-        over.append(row(f"{method}: {kind}", seconds[method], floor, "bare passes", **about))
-        per_mask.append(row(f"{method}: {kind}", seconds[method], ones, "ms per mask", 1000.0, **about))
+        over.append(ratio_record(f"{method}: {kind}", seconds[method], floor, "bare passes", **about))
+        per_mask.append(ratio_record(f"{method}: {kind}", seconds[method], ones, "ms per mask", 1000.0, **about))
     return per_image, over, per_mask
 
 # %% ../nbs/66_bench.ipynb #c85d17e2
@@ -153,11 +153,11 @@ def bench_others(name: str,         # for `network`
                   "Integrated Gradients, 50 steps": IntegratedGradients(model, steps=50),
                   "Integrated Grad-CAM, 50 steps": IntegratedGradCAM(model, steps=50),
                   **{f"{count} steps": ExtremalPerturbation(model, steps=count) for count in steps}}
-    seconds = rounds({method: lambda e=e: e.attribute(image, 285) for method, e in explainers.items()}, repeats, device)
+    seconds = rounds({method: partial(e.attribute, image, 285) for method, e in explainers.items()}, repeats, device)
     less, more = (seconds.pop(f"{count} steps") for count in steps)
     rows = [(method, s, s, {}) for method, s in seconds.items()]
-    rows.append(("Extremal Perturbation, 800 steps", whole(less, more, (*steps, 800)), more, {"timed": list(steps)}))
-    return [spread(f"{method}: {name}", values, "s per image", s, device=device, paper=paper_seconds(method.split(",")[0], name),
+    rows.append(("Extremal Perturbation, 800 steps", extrapolated(less, more, (*steps, 800)), more, {"timed": list(steps)}))
+    return [timing_record(f"{method}: {name}", values, "s per image", s, device=device, paper=paper_seconds(method.split(",")[0], name),
                    model=name, size=size, **part) for method, values, s, part in rows]
 
 # %% ../nbs/66_bench.ipynb #659825b9
@@ -198,8 +198,8 @@ def bench_scorecam(name: str,          # one of NETWORKS
     contestants = score_cam_peers(model, layer, image, 285)
     count = None
     for library in list(contestants):
-        explainer = first(ScoreCAM, 10**9)(model, layer, variant=library, dtype=dtype)
-        contestants[f"ours, as {library}"] = lambda e=explainer: e.attribute(image, 285)
+        explainer = limited(ScoreCAM, 10**9)(model, layer, variant=library, dtype=dtype)
+        contestants[f"ours, as {library}"] = partial(explainer.attribute, image, 285)
         with explainer.at_work(image) as checked:
             mine = normalize_map(explainer.compute(checked, 285))[:, 0]
         apart = (mine.cpu() - contestants[library]().cpu()).abs().max().item()
@@ -209,7 +209,7 @@ def bench_scorecam(name: str,          # one of NETWORKS
     contestants["bare"] = bare_passes(model, image, count, dtype=dtype)
     seconds = rounds(contestants, repeats, device)
     floor, kind = seconds.pop("bare"), "" if dtype is None else f", ours and floor in {dtype_name(dtype)}"
-    return [row(f"{contestant}: {name}{kind}", s, floor, "bare passes", device=device, model=name, size=size, masks=count,
+    return [ratio_record(f"{contestant}: {name}{kind}", s, floor, "bare passes", device=device, model=name, size=size, masks=count,
                 dtype=dtype_name(dtype if contestant.startswith("ours") else None)) for contestant, s in seconds.items()]
 
 # %% ../nbs/66_bench.ipynb #17377393
@@ -218,11 +218,10 @@ def bench_small(repeats: int = 5, device: str = "cpu", images: int = 16, size: i
     torch.manual_seed(0)
     model = load_model("resnet18", weights=None, small=True, num_classes=200, device=device)
     batch = photos(size).repeat(images // 4, 1, 1, 1).to(device)
-    explainers = {"RISE": first(RISE, masks)(model, n_masks=masks // images)} | {
-        name: explainer for name, explainer in maskers(model, masks).items() if name != "RISE"}
-    contestants = {method: lambda e=e: e.attribute(batch, 0) for method, e in explainers.items()}
+    explainers = maskers(model, masks) | {"RISE": limited(RISE, masks)(model, n_masks=masks // images)}
+    contestants = {method: partial(e.attribute, batch, 0) for method, e in explainers.items()}
     seconds = rounds(contestants | {"bare": bare_passes(model, batch, masks)}, repeats, device)
-    return [row(f"{method}: ResNet-18 for small images", seconds[method], [s * e.run / masks for s in seconds["bare"]], "bare passes",
+    return [ratio_record(f"{method}: ResNet-18 for small images", seconds[method], [s * e.run / masks for s in seconds["bare"]], "bare passes",
                 device=device, data=PHOTOS, model="resnet18 small", batch=images, size=size, masks=masks) for method, e in explainers.items()]
 
 # %% ../nbs/66_bench.ipynb #37c02f4a
@@ -231,12 +230,12 @@ def bench_selection(repeats: int = 3, device: str = "cpu", size: int = 224) -> l
     model, image = network(NETWORKS[0], device), photos(size)[:1].to(device)
     explainers = {f"SISE, mu = {mu:g}": SISE(model, mu=mu) for mu in (0.0, 0.1, 0.3, 0.5, 0.75)}
     explainers |= {"Ada-SISE, positive scores": AdaSISE(model), "Ada-SISE, all scores": AdaSISE(model, population="all")}
-    seconds = rounds({name: lambda e=e: e.attribute(image, 285) for name, e in explainers.items()}, repeats, device)
+    seconds = rounds({name: partial(e.attribute, image, 285) for name, e in explainers.items()}, repeats, device)
     floor = seconds["SISE, mu = 0"]
     on_t4 = {name: number["value"] for (name, measure), number in PRINTED["voc2007_resnet50"].items() if measure == "seconds"}
     told = {name: {"value": f"{100 * s / on_t4['SISE']:.0f} %", "source": "slides, ResNet-50"} for name, s in on_t4.items() if name.startswith("SISE, mu")}
     told["Ada-SISE, positive scores"] = {"value": "70 % or more", "source": "arXiv 2102.07799, abstract: up to 30 % less"}
-    return [row(name, s, floor, "%", 100.0, device=device, paper=told.get(name), model=NETWORKS[0], size=size)
+    return [ratio_record(name, s, floor, "%", 100.0, device=device, paper=told.get(name), model=NETWORKS[0], size=size)
             for name, s in seconds.items() if name != "SISE, mu = 0"]
 
 # %% ../nbs/66_bench.ipynb #877de17b
@@ -251,7 +250,7 @@ def bench_extremal(repeats: int = 3, device: str = "cpu", steps: int = 10, size:
             x = four.clone().requires_grad_()
             torch.autograd.grad(model(x)[:, 285].sum(), x)
     seconds = rounds({"ours": lambda: explainer.attribute(image, 285), "bare": bare}, repeats, device)
-    return [row(f"Extremal Perturbation, {steps} steps, four areas: {NETWORKS[0]}", seconds["ours"], seconds["bare"],
+    return [ratio_record(f"Extremal Perturbation, {steps} steps, four areas: {NETWORKS[0]}", seconds["ours"], seconds["bare"],
                 "forward and backward passes", device=device, model=NETWORKS[0], steps=steps, size=size)]
 
 # %% ../nbs/66_bench.ipynb #3d0b460d

@@ -203,7 +203,7 @@ class Run:
     data: str            # fingerprint of the data
     device: str
     versions: dict = field(default_factory=dict)  # of the explainers, by the name in the frame; default: 1
-    told: set = field(default_factory=set)  # explainers whose time some table holds already
+    timed: set = field(default_factory=set)  # explainers whose time some table holds already
 
     @property
     def origin(self) -> dict:
@@ -228,17 +228,21 @@ class Run:
         "Store a row per explainer and metric, with the value of every image"
         frame, times = self.frame if frame is None else frame, self.times()
         for name in explainers:
-            own, told = frame[frame.explainer == name].groupby("position").mean(numeric_only=True), name in self.told
+            rows = frame[frame.explainer == name]
+            per_image = rows.groupby("position").mean(numeric_only=True)
             version = self.versions.get(name, 1)
             about = {"testbed": self.bed.title, **config} | ({"version": version} if version > 1 else {})
             for metric in metrics or (*self.metrics, "seconds"):
-                shown, timed = (SECONDS if metric == "seconds" else METRICS[metric]), metric == "seconds"
-                values = (times[name] if timed else own[metric] * shown.scale).dropna()
-                if len(values) > 1:
-                    save_row(paper, f"{table}_{self.name}", {"row": name, "metric": shown.label, **about}, values, shown.unit,
-                             paper=(published or {}).get((name, metric)), **self.origin,
-                             seconds=frame.seconds[frame.explainer == name].sum() if timed and not told else None)
-                    self.told |= {name} if timed else set()
+                timed = metric == "seconds"
+                shown = SECONDS if timed else METRICS[metric]
+                values = (times[name] if timed else per_image[metric] * shown.scale).dropna()
+                if len(values) < 2:
+                    continue
+                spent = rows.seconds.sum() if timed and name not in self.timed else None  # told once, whatever the number of tables
+                save_row(paper, f"{table}_{self.name}", {"row": name, "metric": shown.label, **about}, values, shown.unit,
+                         paper=(published or {}).get((name, metric)), seconds=spent, **self.origin)
+                if timed:
+                    self.timed.add(name)
 
     def claim(self,
               paper: str,    # sise, ada_sise or integrated_gradcam

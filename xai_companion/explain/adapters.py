@@ -84,7 +84,7 @@ class IntegratedGradients(CaptumExplainer, name="integrated_gradients"):
 
     def __init__(self,
                  model: nn.Module,  # takes images in [0, 1], returns logits (N, K)
-                 layers=None,       # not used
+                 layers=None,       # none: it explains pixels
                  steps: int = 50,   # points on the path
                  baseline="black",  # start of the path: "black", "mean", "blur" or a tensor
                  chunk: int = 32,   # points that go through the network together
@@ -104,7 +104,7 @@ class SmoothGrad(CaptumExplainer, name="smoothgrad"):
 
     def __init__(self,
                  model: nn.Module,    # takes images in [0, 1], returns logits (N, K)
-                 layers=None,         # not used
+                 layers=None,         # none: it explains pixels
                  samples: int = 25,   # noisy copies of each image
                  noise: float = 0.15, # standard deviation of the noise, as a share of max - min of the image
                  chunk: int = 32,     # copies that go through the network together
@@ -130,7 +130,7 @@ class Occlusion(CaptumExplainer, name="occlusion"):
 
     def __init__(self,
                  model: nn.Module,  # takes images in [0, 1], returns logits (N, K)
-                 layers=None,       # not used
+                 layers=None,       # none: it explains pixels
                  cells: int = 7,    # side of the square: 1/cells of the image; stride: half of it
                  fill="black",      # what hides: "black", "mean", "blur" or a tensor
                  chunk: int = 8,    # positions of the square that go through the network together, per image
@@ -152,7 +152,7 @@ class ShapleySampling(CaptumExplainer, name="shapley"):
 
     def __init__(self,
                  model: nn.Module,   # takes images in [0, 1], returns logits (N, K)
-                 layers=None,        # not used
+                 layers=None,        # none: it explains pixels
                  cells: int = 7,     # the image is cut into cells x cells squares
                  samples: int = 25,  # random orders; an image costs samples * cells**2 forward passes
                  fill="black",       # what hides: "black", "mean", "blur" or a tensor
@@ -189,7 +189,7 @@ class DeepLift(CaptumExplainer, name="deeplift"):
 
     def __init__(self,
                  model: nn.Module,  # every activation a module of its own, with a rule in captum
-                 layers=None,       # not used
+                 layers=None,       # none: it explains pixels
                  baseline="black",  # reference: "black", "mean", "blur" or a tensor
                  ):
         super().__init__(model, layers)

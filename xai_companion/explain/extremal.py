@@ -157,7 +157,7 @@ class ExtremalPerturbation(MaskSearch, name="extremal"):
 
     def __init__(self,
                  model: nn.Module,   # takes images in [0, 1], returns logits (N, K)
-                 layers=None,        # not used: the mask lies on the image
+                 layers=None,        # none: the mask lies on the image
                  areas=(0.025, 0.05, 0.1, 0.2),  # shares of the image, one mask each
                  steps: int = 800,   # of the optimiser
                  lr: float = 0.01,   # learning rate, for a lattice of 32 x 32 points

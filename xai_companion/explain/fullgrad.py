@@ -164,7 +164,7 @@ class FullGrad(Explainer, name="fullgrad"):
 
     def __init__(self,
                  model: nn.Module,  # a CNN that takes images in [0, 1] and returns logits (N, K)
-                 layers=None,       # not used: all layers with a bias take part
+                 layers=None,       # none: all layers with a bias take part
                  chunk: int = 8,    # images that go through the network together
                  ):
         super().__init__(model, layers)

@@ -19,7 +19,7 @@ class RISE(MaskedExplainer, name="rise"):
 
     def __init__(self,
                  model: nn.Module,     # takes images in [0, 1], returns logits (N, K)
-                 layers=None,          # not used
+                 layers=None,          # none: it explains pixels
                  n_masks: int = 8000,  # N, masks per image; the authors take 8000 for ResNet-50, 4000 for VGG-16
                  cells: int = 7,       # side of the grid
                  p: float = 0.5,       # probability that a cell is visible
