@@ -26,7 +26,7 @@ from .data.synthetic import CLASSES, Synthetic
 from .evaluate import measure, seeded_order
 from .explain import EXPLAINERS, get_explainer
 from .hooks import classifier_of, entering, evaluating
-from .metrics import METRICS, Metric, expected_calibration_error, temperature_scaling
+from .metrics import CURVES, LOCALIZATION, MASKED, METRICS, Metric, expected_calibration_error, temperature_scaling
 from .metrics.robustness import attacked_logits, fgsm, pgd
 from .records import record, record_key
 from .results import correlation, save
@@ -98,19 +98,18 @@ def logits_of(model: nn.Module,
 
 def explanation_scores(model: nn.Module,
                        lab: Lab,
-                       explainer="gradcam",  # a name in `EXPLAINERS`
-                       metrics=("ebpg", "miou", "bbox", "drop", "increase", "insertion", "deletion"),
+                       method: str = "gradcam",  # a name in `EXPLAINERS`
+                       metrics=("ebpg", "miou", "bbox", *MASKED, *CURVES),
                        fill: str = "black",  # what hides in Drop and Increase
                        n: int | None = None, # how many test images; default: all
                        **options,            # of the explainer
                        ) -> dict:            # by metric: the mean, as tables print it
     "Quality of the explanations of a network"
     images, labels, masks = lab.images[:n], lab.labels[:n], lab.masks[:n]
-    if unknown := [m for m in metrics if METRICS[m].needs != "mask" and m not in ("drop", "increase", "insertion", "deletion")]:
+    if unknown := [m for m in metrics if m not in LOCALIZATION + MASKED + CURVES]:
         raise ValueError(f"no {', '.join(unknown)} here: `evaluate` measures that")
-    explain = get_explainer(explainer)(model, **options).attribute
-    places, pairs, curves = ([m for m in metrics if METRICS[m].needs == "mask"], [m for m in metrics if m in ("drop", "increase")],
-                             [m for m in metrics if m in ("insertion", "deletion")])
+    explain = get_explainer(method)(model, **options).attribute
+    places, pairs, curves = ([m for m in metrics if m in family] for family in (LOCALIZATION, MASKED, CURVES))
 
     def maps_of(target):
         return torch.cat([explain(part, of) for part, of in zip(images.split(100), target.split(100), strict=True)])
@@ -119,8 +118,7 @@ def explanation_scores(model: nn.Module,
     if pairs or curves:
         said = logits_of(model, images).argmax(1)
         maps = maps_of(said)
-        found |= measure(pairs, model, images, maps, said, masks, fill=fill) if pairs else {}
-        found |= measure(curves, model, images, maps, said, masks) if curves else {}
+        found |= measure(pairs, model, images, maps, said, masks, fill=fill) | measure(curves, model, images, maps, said, masks)
     return {name: METRICS[name].scale * found[name].nanmean().item() for name in metrics}
 
 # %% ../nbs/52_experiments.ipynb #c43d6914
@@ -193,7 +191,7 @@ SCORES = {
     "nll": Metric("NLL", "low", "model", ""), "purity": Metric("Purity", "high", "model"),
     "agreement": Metric("Map correlation", "high", "model", ""), "ece_fgsm4": Metric("ECE, FGSM 4/255", "low", "model"),
     "pgd4": Metric("PGD-20 4/255", "high", "model"), **{f"fgsm{e}": Metric(f"FGSM {e}/255", "high", "model") for e in (1, 2, 4, 8)},
-    **{name: METRICS[name] for name in ("ebpg", "miou", "bbox", "drop", "increase", "insertion", "deletion")},
+    **{name: METRICS[name] for name in ("ebpg", "miou", "bbox", *MASKED, *CURVES)},
 }
 SCORES |= {f"{name}_shift{s}": replace(SCORES[name], label=f"{SCORES[name].label}, severity {s}")
            for name in ("accuracy", "ece", "ece10", "ece_scaled", "nll") for s in range(1, 6)}
