@@ -166,7 +166,7 @@ def replacing(file: Path  # to be written, or replaced; its folder is made
             os.fsync(out.fileno())
         os.replace(part, file)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         part.unlink(missing_ok=True)
 

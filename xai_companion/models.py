@@ -174,7 +174,7 @@ def fill_weights(network: nn.Module,
                   f"Its names are like {next(iter(stored), '')!r}, those of the network like {next(iter(own))!r}: is it of another one?")
         raise ValueError(f"{source} does not fit this network: {problem}. {remedy}") from None
 
-def _width(stored):
+def _outputs_in(stored):
     "The number of classes of a stored classifier, whose matrix comes last; None if there is no matrix"
     matrices = [value for value in stored.values() if isinstance(value, Tensor) and value.dim() == 2]
     return len(matrices[-1]) if matrices else None
@@ -222,7 +222,7 @@ def load_model(name: str = EMBEDDED,       # one of `model_names()`
     if meta.get("model", name) != name:
         raise ValueError(f"{file} holds the weights of {meta['model']}, not of {name}: give its name")
     small = small or meta.get("small", False)
-    num_classes = num_classes or len(meta.get("classes") or ()) or _width(stored or {}) or (20 if name in TRAINED else 1000)
+    num_classes = num_classes or len(meta.get("classes") or ()) or _outputs_in(stored or {}) or (20 if name in TRAINED else 1000)
     network, mean, std, size = _build(name, num_classes, small)
     if file:
         fill_weights(network, stored, file)

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from ..core import by_profile
+from .items import Item, resized
 
 # %% ../../nbs/03_data.photos.ipynb #0bd5ff97
 def _as_tensor(image: Image.Image) -> torch.Tensor:
@@ -37,9 +37,7 @@ def _fit(image: torch.Tensor, size: int | None, crop: bool) -> torch.Tensor:
         return image
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be a number of pixels, or None to keep the image's; got {size!r}")
-    target = [round(size / 0.875)] if crop else [size, size]  # one number: the short side
-    image = TF.resize(image, target, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    return TF.center_crop(image, [size, size])
+    return resized(Item("", image, ()), size, crop).image
 
 # %% ../../nbs/03_data.photos.ipynb #1afd2a3c
 def load_image(path: Path | str,        # an image file
