@@ -294,7 +294,7 @@ class Nan(Scripted):
     (one_class, {}, "one class, ant"),
     (multi_label, {}, "several classes per image"),
     (lambda: Cards([]), {}, "empty"),
-    (renamed, {}, "Did you mean 'bee'"),
+    (renamed, {}, "did you mean 'bee'"),
     (renamed, {"class_map": {"ant": "ant", "be": "bee"}}, "nothing about 'cat'"),
     (renamed, {"class_map": {"ant": 0, "be": 1, "cat": 3}}, "outputs 0 to 2"),
     (renamed, {"class_map": {"ant": 0, "be": 1, "cat": 1}}, "same class"),

@@ -18,7 +18,7 @@ from xai_companion.cli import main
 from xai_companion.commands.explain import save_png
 from xai_companion.commands.options import check_takes, names_in, parse_methods, parse_option
 from xai_companion.commands.train import _config, _pair, _written
-from xai_companion.core import processes
+from xai_companion.core import rank_and_world
 from xai_companion.data.photos import photos
 from xai_companion.models import load_model
 
@@ -118,7 +118,7 @@ MISTAKES = {
         ("--set tau=", "an option is NAME=VALUE"),
         ("--set tau=3", "the recipe ce has no option 'tau': it has no options"),
         ("--recipe edda --set xyz=3", "the recipe edda has no option 'xyz': it has drop_target, drop_weight,"),
-        ("--recipe edda --set taus=3", "did you mean tau"),
+        ("--recipe edda --set taus=3", "did you mean 'tau'"),
         ("--recipe edda --set tau=0,5", "tau must be a number, got (0, 5)"),
         ("--recipe supcon --set staged=maybe", "staged must be true or false, got 'maybe'"),
         ("--smoke", "--smoke shortens the schedule of a paper and needs its name: --config NAME"),
@@ -282,10 +282,10 @@ def test_only_the_first_process_speaks(place, tmp_path, monkeypatch, capsys):
     "A process with another number trains, and leaves printing and `model.pt` with the accuracy to the first one"
     monkeypatch.chdir(place)
     asked = []
-    monkeypatch.setattr("xai_companion.commands.train.processes", lambda device: asked.append(device) or (1, 2))
+    monkeypatch.setattr("xai_companion.commands.train.rank_and_world", lambda device: asked.append(device) or (1, 2))
     assert main(["train", *SHORT, "--out", str(tmp_path / "one")]) == 0
     assert capsys.readouterr().out == "" and asked == [torch.device("cpu")] and not list(tmp_path.rglob("curves.png"))
-    monkeypatch.setattr("xai_companion.commands.train.processes", processes)
+    monkeypatch.setattr("xai_companion.commands.train.rank_and_world", rank_and_world)
     assert main(["train", *SHORT, "--out", str(tmp_path / "two")]) == 0
     assert capsys.readouterr().out.startswith("16 training and 4 validation images, 2 classes; ") and list(tmp_path.rglob("curves.png"))
 
@@ -308,7 +308,7 @@ def test_evaluate_meets_on_the_device_that_was_chosen(place, monkeypatch, capsys
     def meet(device):
         raise Met(device)
     monkeypatch.chdir(place)
-    monkeypatch.setattr("xai_companion.commands.evaluate.processes", meet)
+    monkeypatch.setattr("xai_companion.commands.evaluate.rank_and_world", meet)
     monkeypatch.setattr("xai_companion.commands.evaluate.pick_device", lambda name: torch.device("cuda", 1) if name == "mine" else None)
     with pytest.raises(Met) as met:
         main(["evaluate", "--model", "plain_cnn", "--device", "mine"])
@@ -327,9 +327,9 @@ def test_wrong_usage_and_version(capsys):
 
 
 @pytest.mark.parametrize("words, answer", [
-    ("train --sen 64", "xai-companion train: error: unknown argument --sen, did you mean --seen or --set or --n?"),
-    ("train --no 64", "unknown argument --no, did you mean --n or --out or --no-flip?"), ("explain a --methods=sise", "did you mean --method or --model?"),
-    ("data list --rot x", "xai-companion data list: error: unknown argument --rot, did you mean --root?"),
+    ("train --sen 64", "xai-companion train: error: unknown argument --sen: did you mean '--seen' or '--set'"),
+    ("train --no 64", "unknown argument --no: did you mean '--no-flip'?"), ("explain a --methods=sise", "did you mean '--method' or '--model'"),
+    ("data list --rot x", "xai-companion data list: error: unknown argument --rot: did you mean '--root'?"),
     ("bench now", "unknown argument now: xai-companion bench --help lists all")])
 def test_options_are_written_in_full(capsys, words, answer):
     with pytest.raises(SystemExit) as stop:

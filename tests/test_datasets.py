@@ -765,7 +765,7 @@ def test_loader_workers(tmp_path):
 
 
 def test_wrong_calls(tmp_path):
-    with pytest.raises(ValueError, match="no data set 'imagenet': choose one of synthetic"):
+    with pytest.raises(ValueError, match="no data set 'imagenet': did you mean 'tiny_imagenet' or 'imagenet_samples'"):
         load_dataset("imagenet")
     with pytest.raises(TypeError, match="cifar10 has no option masks; it has verify"):
         load_dataset("cifar10", root=tmp_path, masks=True)

@@ -24,7 +24,7 @@ from xai_companion.explain import EXPLAINERS, RISE, GradCAM, explain, get_explai
 from xai_companion.metrics import METRICS
 from xai_companion.models import load_model
 from xai_companion.train.checkpoint import save_run
-from xai_companion.train.loop import fit, prepare
+from xai_companion.train.loop import fit, make_run
 from xai_companion.train.recipes import RECIPES, Config
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot pretend a device")
@@ -177,7 +177,7 @@ def test_maps_that_are_kept(device, training):
 
 def test_a_run_goes_on_from_its_checkpoint(device, training, tmp_path):
     whole = fit(config("excon"), training, device=NAME)
-    half = prepare(config("excon"), training, None, None, None, device)
+    half = make_run(config("excon"), training, None, None, None, device)
     half.step()
     save_run(half, tmp_path)
     resumed = fit(config("excon"), training, folder=tmp_path, device=NAME)
@@ -196,7 +196,7 @@ WAITS = {"ce": 0, "cutout": 0, "supcon": 1, "supcon_clean_view": 1, "excon": 6, 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_how_often_a_step_waits(device, training, recipe):
     "A wait empties the queue of the GPU; each of them is a check of what the step has computed, or a size"
-    run = prepare(config(recipe), training, None, None, None, device)
+    run = make_run(config(recipe), training, None, None, None, device)
     run.step()
     waits.clear()
     run.step()

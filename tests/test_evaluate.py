@@ -447,7 +447,7 @@ def test_a_folder_of_images(tmp_path, capsys):
     assert "the folders dragon are not named" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, says", [(("--size", "0"), "size must be"), (("--data", "cifar1"), "did you mean cifar10")])
+@pytest.mark.parametrize("words, says", [(("--size", "0"), "size must be"), (("--data", "cifar1"), "did you mean 'cifar10' or 'cifar100'")])
 def test_mistakes_on_the_command_line(tmp_path, capsys, words, says):
     assert command(*words, "--out", tmp_path / "out") == 2
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()

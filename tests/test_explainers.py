@@ -429,5 +429,5 @@ def test_layers_with_two_names():
     model, images = Named().eval(), trap_images(1)
     assert list(find_layers(model, ["last", model.last])) == ["features.0"]
     torch.testing.assert_close(*(explain(model, images, "gradcam", 1, layers=layer) for layer in ("last", "features.0")))
-    with pytest.raises(ValueError, match="no layer '': did you mean '"):
+    with pytest.raises(ValueError, match="no layer '': its last ones are 'features.1', 'last', 'head';"):
         explain(model, images, "gradcam", 1, layers="")

@@ -20,7 +20,7 @@ from xai_companion.hooks import classifier_of
 from xai_companion.models import load_model
 from xai_companion.train import RECIPES, Batch, Config, Moment, fit, get_recipe
 from xai_companion.train.files import COLUMNS
-from xai_companion.train.loop import prepare
+from xai_companion.train.loop import make_run
 from xai_companion.train.losses import collapsed_value, supcon_loss
 from xai_companion.train.published import PUBLISHED
 
@@ -156,7 +156,7 @@ def test_no_map_is_older_than_allowed(shares, refresh):
 def fit_until(settings, stop, folder):
     "Train up to a step and save"
     from xai_companion.train import checkpoint, loop
-    run = loop.prepare(settings, toy(50), None, net(), None, torch.device("cpu"))
+    run = loop.make_run(settings, toy(50), None, net(), None, torch.device("cpu"))
     checkpoint.restore_run(run, folder)
     while run.done < stop:
         run.step()
@@ -288,7 +288,7 @@ def test_parts_learn_apart(staged):
     parts = [row["part"] for row in run.log]
     assert parts == (["encoder"] * 2 + ["classifier"] * 2 if staged else ["encoder", "classifier"] * 2)
     from xai_companion.train import loop
-    run = loop.prepare(config("supcon"), toy(), None, net(), None, torch.device("cpu"))
+    run = loop.make_run(config("supcon"), toy(), None, net(), None, torch.device("cpu"))
     weights = {"encoder": [*run.model[:9].parameters(), *run.recipe.head.parameters()], "classifier": list(run.model[9].parameters())}
     for _ in range(6):
         before = {part: [p.detach().clone() for p in ps] for part, ps in weights.items()}
@@ -331,7 +331,7 @@ def test_collapse_is_named():
 
 
 @pytest.mark.parametrize("name, options, words", [
-    ("ce", {"tau": 0.5}, "no option 'tau'"), ("edda", {"taus": 0.5}, "did you mean tau"), ("edda", {"tau": 1.5}, "tau must"),
+    ("ce", {"tau": 0.5}, "no option 'tau'"), ("edda", {"taus": 0.5}, "did you mean 'tau'"), ("edda", {"tau": 1.5}, "tau must"),
     ("edda", {"share": -1}, "share must"), ("edda", {"fill": "white"}, "fill must"), ("edda", {"refresh": 0.5}, "refresh"),
     ("edda", {"drop_target": "zero"}, "drop_target must"), ("edda", {"drop_weight": -1}, "must not be negative"),
     ("excon", {"method": "gradcan"}, "gradcam"), ("excon", {"tau": -0.1}, "tau must"), ("supcon", {"temperature": 0}, "temperature must"),
@@ -351,20 +351,20 @@ def test_bad_options(name, options, words):
 @pytest.mark.parametrize("layer, words", [("layer4", "no layer 'layer4'"), ("8", "not maps")])
 def test_a_layer_that_gives_no_maps_is_an_error_before_the_first_step(name, layer, words):
     with pytest.raises(ValueError, match=words):
-        prepare(config(name, options={"layers": layer}), toy(), None, net(), list("abcd"), torch.device("cpu"))
+        make_run(config(name, options={"layers": layer}), toy(), None, net(), list("abcd"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["edda", "excon"])
 def test_a_mean_that_nobody_knows_is_an_error_before_the_first_step(name):
     "The network has no `Normalized`, and the recipe asks for the mean colour a quarter of the training later"
     with pytest.raises(ValueError, match="fill='mean' needs a model"):
-        prepare(config(name, options={"fill": "mean", "start": 0.5}), toy(), None, net(), list("abcd"), torch.device("cpu"))
+        make_run(config(name, options={"fill": "mean", "start": 0.5}), toy(), None, net(), list("abcd"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["edda", "excon"])
 def test_an_option_that_the_explainer_has_not(name):
     with pytest.raises(ValueError, match="gradcam cannot be made with foo=1.* its options are layers, "):
-        prepare(config(name, options={"explainer": {"foo": 1}}), toy(), None, net(), list("abcd"), torch.device("cpu"))
+        make_run(config(name, options={"explainer": {"foo": 1}}), toy(), None, net(), list("abcd"), torch.device("cpu"))
 
 
 def test_an_unknown_recipe():

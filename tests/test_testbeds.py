@@ -20,8 +20,8 @@ from xai_companion.testbeds import (
     OF_PROFILE,
     TESTBEDS,
     TRAIN_ELPV,
+    Evaluated,
     Restricted,
-    Run,
     methods,
     run_testbeds,
 )
@@ -185,7 +185,7 @@ def test_rows_of_an_explainer_that_has_changed_carry_its_version(monkeypatch, tm
 
 def test_time_counts_batches_without_the_warm_up():
     frame = pd.DataFrame({"position": range(12), "label": 0, "explainer": "a", "seconds": [9.0] * 4 + [1.0] * 4 + [2.0] * 4})
-    run = Run("x", TESTBEDS["plain"], frame, ("drop",), 4, "some", "cpu")
+    run = Evaluated("x", TESTBEDS["plain"], frame, ("drop",), 4, "some", "cpu")
     assert run.times()["a"].tolist() == [1, 2]
 
 

@@ -41,7 +41,7 @@ from xai_companion.train import (
 )
 from xai_companion.train.checkpoint import save_run, save_weights
 from xai_companion.train.files import COLUMNS, alone, write_whole
-from xai_companion.train.loop import prepare
+from xai_companion.train.loop import make_run
 from xai_companion.train.recipes import CrossEntropy, Views
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -102,7 +102,7 @@ def test_every_epoch_shows_every_image_once_in_another_order():
             return super().views(model, batch, moment, generator)
     images, labels = toy(24)
     images[:, 0, 0, 0] = torch.arange(24)
-    run = loop.prepare(replace(BASE, epochs=2, batch=6), (images, labels), None, small_net(), None, torch.device("cpu"))
+    run = loop.make_run(replace(BASE, epochs=2, batch=6), (images, labels), None, small_net(), None, torch.device("cpu"))
     run.recipe = Watching(run.config)
     for _ in range(run.steps):
         run.step()
@@ -286,7 +286,7 @@ def test_a_large_stem_for_small_images(tmp_path):
     "What the file says of the network is what it is, not what another one of this size would be"
     for small in (True, False):
         model = load_model("resnet18", None, 3, small=small)
-        run = prepare(replace(BASE, model="resnet18", size=16), toy(), None, model, None, torch.device("cpu"))
+        run = make_run(replace(BASE, model="resnet18", size=16), toy(), None, model, None, torch.device("cpu"))
         save_weights(run, tmp_path / "model.pt")
         assert load_model("resnet18", tmp_path / "model.pt", 3).network.conv1.kernel_size == ((3, 3) if small else (7, 7))
 
@@ -499,7 +499,7 @@ def test_diverging_run_keeps_the_last_good_checkpoint(tmp_path, stopping):
         fit(config, toy(), model=small_net(), folder=tmp_path, every=0.0)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     bad = small_net()
-    run = loop.prepare(config, toy(), None, bad, None, torch.device("cpu"))
+    run = loop.make_run(config, toy(), None, bad, None, torch.device("cpu"))
     stopping.at = None
     checkpoint.restore_run(run, tmp_path)
     run.step()
@@ -676,7 +676,7 @@ def test_command_with_a_recipe_and_its_options(photos, tmp_path, capsys):
     assert meta["command"].endswith('--set tau=0.25 --set method=hirescam --set start=0')
     table = pd.read_csv(file.parent / "log.csv")
     assert table.part.tolist() == ["encoder", "classifier"] * 2 and table.accepted.notna().tolist() == [True, False] * 2
-    with pytest.raises(ValueError, match="no option 'taus'.*did you mean tau"):
+    with pytest.raises(ValueError, match="no option 'taus'.*did you mean 'tau'"):
         run("--recipe", "excon", "--set", "taus=1", "--out", tmp_path)
 
 

@@ -36,7 +36,7 @@ from xai_companion.verdicts import (
     difference_text,
     forest,
     holm_levels,
-    overall,
+    over_settings,
     paired_p,
     save_comparisons,
     stored_comparisons,
@@ -99,9 +99,9 @@ def test_verdict(interval, claimed, expected):
 
 
 def test_overall():
-    assert overall(["supported", "supported"]) == "supported"
-    assert overall(["supported", "contradicted"]) == overall(["supported", "inconclusive"]) == "mixed"
-    assert overall([]) == "not tested"
+    assert over_settings(["supported", "supported"]) == "supported"
+    assert over_settings(["supported", "contradicted"]) == over_settings(["supported", "inconclusive"]) == "mixed"
+    assert over_settings([]) == "not tested"
 
 
 def test_table_of_claims(quick, monkeypatch):

@@ -35,7 +35,7 @@ class Found:
     about: dict[str, str]    # what was audited, and how
 
 # %% ../nbs/59c_audit_page.ipynb #6d2491d1
-def interval(found: dict,  # from `findings.summarize`
+def interval(found: dict,  # from `findings.estimate`
              ) -> str:
     "The 95 % interval of a number"
     return "" if found["low"] is None else f"{100 * found['low']:.1f} to {100 * found['high']:.1f} %"
@@ -51,7 +51,7 @@ PLACES = {
 
 def headline(audit: Found) -> Markup:
     "The numbers that everybody asks for"
-    every, ece, n = find.overall(audit.facts), audit.calibration, len(audit.facts)
+    every, ece, n = find.over_images(audit.facts), audit.calibration, len(audit.facts)
     tiles = [
         tile(
             "Accuracy",
@@ -96,7 +96,7 @@ def head(audit: Found) -> Markup:
 # %% ../nbs/59c_audit_page.ipynb #61c56270
 def calibration_part(audit: Found) -> Markup:
     "Is the network right as often as it says?"
-    found, facts, every = audit.calibration, audit.facts, find.overall(audit.facts)
+    found, facts, every = audit.calibration, audit.facts, find.over_images(audit.facts)
     figure = reliability_diagram(facts.confidence.to_numpy(), facts.correct.to_numpy())
     values = {
         "accuracy": every["accuracy"],

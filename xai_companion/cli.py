@@ -7,7 +7,6 @@ __all__ = ['run_reproduce', 'add_reproduce', 'run_bench', 'add_bench', 'Parser',
 
 # %% ../nbs/70_cli.ipynb #0c7394a5
 import argparse
-import difflib
 import os
 import sys
 
@@ -59,10 +58,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
         if rest:
+            from xai_companion.core import did_you_mean
             wrong = next((word for word in rest if word.startswith("-")), rest[0]).split("=")[0]
-            close = difflib.get_close_matches(wrong, self._option_string_actions)
-            hint = f", did you mean {' or '.join(close)}?" if close else f": {self.prog} --help lists all"
-            self.error(f"unknown argument {wrong}{hint}")
+            self.error(f"unknown argument {wrong}: {did_you_mean(wrong, self._option_string_actions) or f'{self.prog} --help lists all'}")
         return found, rest
 
 # %% ../nbs/70_cli.ipynb #00ac5fd3

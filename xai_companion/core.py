@@ -4,10 +4,14 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'PROFILES', 'FLOAT32', 'Settings', 'find_settings', 'settings', 'by_profile', 'pick_device', 'span',
-           'has_bfloat16', 'autocasting', 'processes', 'seeded', 'replacing', 'is_watched', 'progress']
+           'has_bfloat16', 'autocasting', 'rank_and_world', 'check_positive', 'check_counts', 'did_you_mean', 'seeded',
+           'replacing', 'is_watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #57a03c36
 import configparser
+import difflib
+import math
+import numbers
 import os
 import random
 import sys
@@ -122,7 +126,7 @@ def autocasting(device,     # of the network
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16" and has_bfloat16(device))
 
 # %% ../nbs/00_core.ipynb #db67dc04
-def processes(device="cpu"  # of this process
+def rank_and_world(device="cpu"  # of this process
               ) -> tuple[int, int]:
     "The rank of this process and how many there are; under `torchrun` they meet here"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -132,6 +136,27 @@ def processes(device="cpu"  # of this process
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.distributed.init_process_group(backend, timeout=timedelta(days=2))
     return rank, world
+
+# %% ../nbs/00_core.ipynb #7d3e5c51
+def check_positive(**values):
+    "Raise if one of the named numbers is not above 0 and finite"
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+
+def check_counts(**counts):
+    "Raise if one of the named numbers is not a whole number of at least 1"
+    for name, value in counts.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+# %% ../nbs/00_core.ipynb #7d3e5c54
+def did_you_mean(name: str,  # that does not exist
+                 known,      # those that do
+                 ) -> str:
+    "The question that ends an error about a wrong name; empty if no name is close"
+    close = [other for other in known if name and name in other] or difflib.get_close_matches(name, known)
+    return f"did you mean {' or '.join(map(repr, close[:3]))}?" if close else ""
 
 # %% ../nbs/00_core.ipynb #59c3b141
 @contextmanager

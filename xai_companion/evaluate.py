@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 # %% ../nbs/50_evaluate.ipynb #7137e120
 from . import __version__
-from .core import processes, progress
+from .core import check_counts, progress, rank_and_world
 from .data.items import ImageSet, resized
 from .explain import Explainer
-from .explain.base import check_counts
 from .hooks import evaluating, find_layers, plain_module
 from .ledger import Ledger, writing
 from .metrics import METRICS, bbox_score, deletion_auc, ebpg, insertion_auc, miou, pointing_game
@@ -253,7 +252,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
                          "property `fingerprint`, or no folder")
     if folder is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("several processes meet in a folder: give folder=..., which all of them can write to")
-    rank, world = processes(device)
+    rank, world = rank_and_world(device)
     if n is not None and n > len(data) and rank == 0:
         warnings.warn(f"n={n}, but {data.name} {data.split} has {len(data)} images: all of them are taken", stacklevel=2)
     order, batches, configs = _work(explainers, data, metrics, n, seed, size, batch, device, score, **options)

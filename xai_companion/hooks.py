@@ -7,7 +7,6 @@ __all__ = ['plain_module', 'unwrapped', 'find_layers', 'evaluating', 'eagerly', 
            'watch']
 
 # %% ../nbs/05_hooks.ipynb #4f9bfa95
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+# %% ../nbs/05_hooks.ipynb #7d3e5c56
+from .core import did_you_mean
 
 # %% ../nbs/05_hooks.ipynb #af4c6393
 def plain_module(model: nn.Module  # any model
@@ -55,9 +57,9 @@ def find_layers(model: nn.Module,  # any model; wrappers are transparent
     for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
         name = names.get(layer if isinstance(layer, nn.Module) else modules.get(str(layer)))
         if name is None:
-            close = difflib.get_close_matches(str(layer), modules, 3) or [*modules][-3:]
-            what = f"{type(layer).__name__}(...)" if isinstance(layer, nn.Module) else repr(layer)
-            raise ValueError(f"the model has no layer {what}: did you mean {', '.join(map(repr, close))}? "
+            what, name = (f"{type(layer).__name__}(...)", "") if isinstance(layer, nn.Module) else (repr(layer), str(layer))
+            hint = did_you_mean(name, modules) or f"its last ones are {', '.join(map(repr, [*modules][-3:]))};"
+            raise ValueError(f"the model has no layer {what}: {hint} "
                              "hooks.unwrapped(model).named_modules() lists all.")
         found[name] = modules[name]
     if not found:

@@ -7,7 +7,6 @@ __all__ = ['EMBEDDED', 'BEST', 'channels_error', 'Normalized', 'model_names', 'i
            'load_model', 'top_classes', 'find_class', 'conv_blocks', 'last_conv', 'check_layout']
 
 # %% ../nbs/06_models.ipynb #24465a2b
-import difflib
 import io
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 import xai_companion
 
 # %% ../nbs/06_models.ipynb #3cb2fc17
-from .core import pick_device
+from .core import did_you_mean, pick_device
 from .hooks import Call, evaluating, find_layers, unwrapped, watch
 from .networks import NETWORKS, SMALL, TRAINED, small_network
 from .scores import check_logits
@@ -209,8 +208,8 @@ def load_model(name: str = EMBEDDED,       # one of `model_names()`
                ) -> Normalized:
     "A network by name, in evaluation mode, that takes images in [0, 1]"
     if name not in model_names():
-        close = difflib.get_close_matches(name, model_names(), 3, cutoff=0.4) or [EMBEDDED]
-        raise ValueError(f"unknown model {name!r}: did you mean {' or '.join(close)}? models.model_names() lists all; "
+        hint = did_you_mean(name, model_names()) or "no name is like it;"
+        raise ValueError(f"unknown model {name!r}: {hint} models.model_names() lists all; "
                          "any other nn.Module can be given to an explainer directly.")
     device, small = pick_device(device), small or name == "resnet56"
     weights = None if str(weights).lower() == "none" else weights  # as a command says it
@@ -266,9 +265,7 @@ def find_class(query: str | int,  # an index, or the name of a class in any case
         return int(query)
     if not classes:
         raise ValueError(f"the classes of this model have no names: give the index of {query!r} instead")
-    close = [name for name in lower if query.lower() in name][:3] or difflib.get_close_matches(query.lower(), lower, 3)
-    hint = f": did you mean {' or '.join(map(repr, close))}?" if close else "; give its index"
-    raise ValueError(f"no class is called {query!r}{hint}")
+    raise ValueError(f"no class is called {query!r}: {did_you_mean(query.lower(), lower) or 'give its index'}")
 
 # %% ../nbs/06_models.ipynb #ac870d76
 def _sides(x) -> tuple:

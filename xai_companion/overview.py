@@ -17,7 +17,7 @@ import pandas as pd
 
 from .core import PROFILES
 from .results import TIMES, Table, grid_cell, load, newest, summarize
-from .verdicts import CLAIMS, MARKS, difference_text, judged, overall, stored_comparisons
+from .verdicts import CLAIMS, MARKS, difference_text, judged, over_settings, stored_comparisons
 from .viz import LOOK, subplots
 
 # %% ../nbs/02b_overview.ipynb #6be81973
@@ -109,9 +109,9 @@ def claims_overview(links: str | None = None,  # folder of the paper pages, seen
         for claim, text in texts.items():
             found = {setting: [r for r, _ in here] for setting, here in _by_setting(paper, claim, root).items()}
             every = [r for here in found.values() for r in here]
-            counts = Counter(overall(map(judged, here)) for here in found.values())
+            counts = Counter(over_settings(map(judged, here)) for here in found.values())
             lines[_name(paper, claim, links)] = {
-                "what the paper claims": text, "verdict": overall(map(judged, every)),
+                "what the paper claims": text, "verdict": over_settings(map(judged, every)),
                 "settings": ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name]) or "-",
                 "comparisons": _marks(every) or "-"}
     return LinkedTable.from_dict(lines, orient="index").rename_axis("claim")
@@ -146,7 +146,7 @@ def claim_details(paper: str,  # sise, ada_sise, integrated_gradcam, edda or exc
         for setting, here in found.items():
             records, profile = [r for r, _ in here], here[0][1]
             names.append(_name(paper, claim, links))
-            lines.append([f"{setting} ({profile})", f"{overall(map(judged, records))}: {_marks(records)}", _told(records, "for"),
+            lines.append([f"{setting} ({profile})", f"{over_settings(map(judged, records))}: {_marks(records)}", _told(records, "for"),
                           _told(records, "against"), _counted(paper, records)])
         if not found:
             names.append(_name(paper, claim, links))

@@ -7,7 +7,6 @@ __all__ = ['LEVELS', 'match_classes', 'read_class_map', 'read_boxes', 'read_mask
 
 # %% ../nbs/59b_own_data.ipynb #6e700149
 import csv
-import difflib
 import json
 import re
 import zlib
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 # %% ../nbs/59b_own_data.ipynb #440ecd56
+from .core import did_you_mean
 from .data.items import ImageSet, Item, boxes_fit, resized
 from .data.photos import load_image
 
@@ -29,23 +29,24 @@ def _plain(name) -> str:
     "A class name without the differences that do not matter"
     return " ".join(re.sub(r"[_\-\s]+", " ", str(name)).lower().split())
 
+def _unknown(name, want, places):
+    "What is said of a name that the model does not have"
+    near = did_you_mean(_plain(want), places)
+    return f"{name!r} is not one of them" + f" ({near})" * bool(near)
+
 def _lookup(wanted: dict, names) -> dict:
     "The number of each wanted name among `names`; those that are missing or ambiguous are an error"
     places = {}
     for number, name in enumerate(names):
         places.setdefault(_plain(name), []).append(number)
     found = {name: places.get(_plain(want), []) for name, want in wanted.items()}
-    wrong = [f"{name!r} is not one of them" if not some else f"{name!r} is the name of the outputs {some}"
+    wrong = [f"{name!r} is the name of the outputs {some}" if some else _unknown(name, wanted[name], places)
              for name, some in found.items() if len(some) != 1]
     if wrong:
-        missing = [_plain(wanted[name]) for name, some in found.items() if not some]
-        close = [c for name in missing[:5] for c in difflib.get_close_matches(name, places, 1, 0.5)]
-        hint = f"Did you mean {', '.join(map(repr, dict.fromkeys(close)))}? " if close else ""
         more = "; ..." if len(wrong) > 3 else ""
         raise ValueError(
             f"{len(wrong)} of {len(wanted)} classes do not fit the {len(names)} classes of the model: "
-            f"{'; '.join(wrong[:3])}{more}. {hint}Rename the folders, or say which is which with class_map "
-            "(--class-map FILE)"
+            f"{'; '.join(wrong[:3])}{more}. Rename the folders, or say which is which with class_map (--class-map FILE)"
         )
     return {name: some[0] for name, some in found.items()}
 

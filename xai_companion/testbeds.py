@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HALF_AN_HOUR', 'TRAIN_ELPV', 'TESTBEDS', 'OF_PROFILE', 'OTHERS', 'SECONDS', 'PAPER_METRICS', 'Testbed', 'Restricted',
-           'testbeds', 'methods', 'Run', 'run_testbeds', 'testbed_steps']
+           'testbeds', 'methods', 'Evaluated', 'run_testbeds', 'testbed_steps']
 
 # %% ../nbs/51_testbeds.ipynb #486b86fc
 import os
@@ -191,7 +191,7 @@ SECONDS = Metric("time", "low", "nothing", "s")
 PAPER_METRICS = ("ebpg", "miou", "bbox", "drop", "increase")  # those of the papers' tables
 
 @dataclass
-class Run:
+class Evaluated:
     "The rows of `evaluate` on one testbed, and how to store them"
     name: str            # of the testbed
     bed: Testbed
@@ -278,7 +278,7 @@ def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explai
                  device="cpu",
                  metrics=None,          # names in `METRICS`; default: the testbed's
                  finished: bool = False,  # only the explainers of which nothing is left to do
-                 ) -> list[Run]:
+                 ) -> list[Evaluated]:
     "Evaluate on every testbed of the current profile that is present; from the cpu profile on it goes on where it stopped"
     runs = []
     for name, (bed, network, data) in testbeds(device).items():
@@ -292,7 +292,7 @@ def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explai
         print(f"{bed.title}: {counts.max()} images" + (f", {counts.min()} for the slowest" if counts.min() < counts.max() else "")
               + f"; the class that is explained is the predicted one in {(units.predicted == units.label).mean():.0%}")
         versions = {label: explainer.version for label, explainer in chosen.items()}
-        runs.append(Run(name, bed, frame, about["metrics"], about["batch"], data.fingerprint, str(device), versions))
+        runs.append(Evaluated(name, bed, frame, about["metrics"], about["batch"], data.fingerprint, str(device), versions))
     return runs
 
 # %% ../nbs/51_testbeds.ipynb #0f5ba16d

@@ -27,7 +27,7 @@ from .data.synthetic import Synthetic
 from .masking import default_chunk
 from .models import load_model
 from .records import record
-from .train.loop import Run, prepare
+from .train.loop import Run, make_run
 from .train.recipes import Config, get_recipe
 
 # %% ../nbs/65a_timing.ipynb #06202ba1
@@ -199,7 +199,7 @@ def training_run(recipe: str, images: Tensor, batch: int, device: str) -> Run:
     options = {name: value for name, value in (("start", 0.0), ("staged", True)) if name in get_recipe(recipe).options}
     config = Config(recipe, "resnet18", size=images.shape[-1], batch=batch, epochs=1000, dtype=precision(device), options=options)
     names = [str(number) for number in range(200)]
-    return prepare(config, (images, torch.arange(len(images)) % 200), None, None, names, torch.device(device))
+    return make_run(config, (images, torch.arange(len(images)) % 200), None, None, names, torch.device(device))
 
 # %% ../nbs/65a_timing.ipynb #7a60e2d5
 def bench_training(repeats: int = 5,  # rounds

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ..core import pick_device, processes
+from ..core import pick_device, rank_and_world
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #76f73229
 def for_classes(model, data, outputs):
@@ -46,7 +46,7 @@ def run_evaluate(args) -> int:
     out, metrics, device = check_folder(args.out), names_in(args.metrics), pick_device(args.device)
     if args.fresh and "WORLD_SIZE" in os.environ:
         raise ValueError("--fresh deletes what other processes may be writing: delete the folder before torchrun starts them")
-    rank, _ = processes(device)
+    rank, _ = rank_and_world(device)
     name, root = ("imagefolder", args.data) if Path(args.data).is_dir() else (args.data, args.root)
     data = load_dataset(name, args.split, root=root)
     model = model_from(args.model, args.weights, args.classes, device)

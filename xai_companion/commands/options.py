@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..core import check_counts
 from ..explain import MaskedExplainer, get_explainer
-from ..explain.base import check_counts, with_options
+from ..explain.base import with_options
 from ..hooks import evaluating, unwrapped
 from ..models import BEST, fill_weights, load_model, read_weights
 from ..scores import check_logits

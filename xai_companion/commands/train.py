@@ -17,7 +17,7 @@ from torch import nn
 
 # %% ../../nbs/67c_commands.train.ipynb #81868e68
 from .options import check_folder, check_numbers, check_takes, check_weights, parse_option
-from ..core import pick_device, processes, seeded, settings
+from ..core import pick_device, rank_and_world, seeded, settings
 from ..data.items import ImageSet
 from ..data.augment import AUGMENTATIONS
 from ..hooks import classifier_of, unwrapped
@@ -249,7 +249,7 @@ def run_train(args) -> int:
     from xai_companion.evaluate import model_fingerprint
     args.weights = None if str(args.weights).lower() == "none" else args.weights
     first = _config(args)
-    rank, _ = processes(pick_device(args.device))
+    rank, _ = rank_and_world(pick_device(args.device))
     out = check_folder(settings().reports / "train" if args.out is None else args.out)
     trial = _trial(args, first)
     start = f"{Path(args.weights).name} {model_fingerprint(trial)}" if args.weights else ""

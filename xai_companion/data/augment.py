@@ -7,11 +7,12 @@ __all__ = ['TRIES', 'GREY', 'ADJUSTMENTS', 'AUGMENTATIONS', 'random_crop', 'rand
            'random_resized_crop', 'adjusted', 'color_jitter', 'random_grayscale', 'cutout', 'augmented']
 
 # %% ../../nbs/21a_data.augment.ipynb #0f28d38c
-import difflib
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# %% ../../nbs/21a_data.augment.ipynb #7d3e5c57
+from ..core import did_you_mean
 
 # %% ../../nbs/21a_data.augment.ipynb #b8683675
 def _check(images: Tensor, channels: int | None = None):
@@ -263,8 +264,8 @@ def augmented(images: Tensor,              # uint8 (N, C, S, S)
     "Random views of a batch"
     _check(images)
     if name not in AUGMENTATIONS:
-        close = difflib.get_close_matches(str(name), AUGMENTATIONS, 1, cutoff=0.4) or AUGMENTATIONS
-        raise ValueError(f"no augmentation is called {name!r}: did you mean {' or '.join(map(repr, close))}?")
+        hint = did_you_mean(str(name), AUGMENTATIONS) or f"there are {', '.join(AUGMENTATIONS)}"
+        raise ValueError(f"no augmentation is called {name!r}: {hint}")
     if not isinstance(views, int) or views < 1:
         raise ValueError(f"views must be a whole number of at least 1, got {views!r}")
     pad = images.shape[-1] // 8 if pad is None else pad

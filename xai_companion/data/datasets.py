@@ -7,7 +7,6 @@ __all__ = ['IMAGENET', 'CIFAR', 'GET', 'DATASETS', 'FLICKR', 'Source', 'load_dat
            'check_dataset', 'dataset_status', 'get_dataset']
 
 # %% ../../nbs/20d_data.datasets.ipynb #4f6855b4
-import difflib
 import inspect
 import os
 import tempfile
@@ -20,7 +19,7 @@ from urllib.error import URLError
 import torch
 
 # %% ../../nbs/20d_data.datasets.ipynb #1233d718
-from ..core import is_watched, progress, settings
+from ..core import did_you_mean, is_watched, progress, settings
 from . import arrays, inspection, readers, scenes
 from .items import ImageSet, Item, boxes_fit
 from .readers import DataError, Reader, need, reading
@@ -113,10 +112,9 @@ DATASETS |= {
 def _source(name: str) -> Source:
     "The entry of a data set"
     if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, 2, cutoff=0.5)
-        meant = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise ValueError(f"there is no data set {name!r}: choose one of {', '.join(DATASETS)}{meant}. For images of your own: imagefolder, "
-                         "a folder with a folder of images for each class")
+        hint = did_you_mean(name, DATASETS) or f"choose one of {', '.join(DATASETS)}."
+        raise ValueError(f"there is no data set {name!r}: {hint} For images of your own: imagefolder, a folder with a folder of images "
+                         "for each class")
     return DATASETS[name]
 
 def _root(root: Path | str | None) -> Path:

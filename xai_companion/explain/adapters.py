@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/19_explain.adapters.ipynb #e218b621
-from ..core import seeded
-from .base import DETACHED, Explainer, check_counts, get_explainer
+from ..core import check_counts, seeded
+from .base import DETACHED, Explainer, get_explainer
 from ..hooks import unwrapped, watch
 from ..masking import hidden
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/17_explain.extremal.ipynb #be81552d
-from ..core import progress
-from .base import Explainer, check_counts, check_positive
+from ..core import check_counts, check_positive, progress
+from .base import Explainer
 from ..masking import upsample
 from ..scores import check_score, scores_at
 

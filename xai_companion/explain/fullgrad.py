@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 # %% ../../nbs/18_explain.fullgrad.ipynb #2f9e5889
-from .base import DETACHED, Explainer, check_counts
+from ..core import check_counts
+from .base import DETACHED, Explainer
 from ..hooks import Call, capture, unwrapped, watch
 from ..masking import upsample
 from ..models import Normalized

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/12_explain.integrated_gradcam.ipynb #4355f869
-from .base import Explainer, activations_and_gradients, check_counts
+from ..core import check_counts
+from .base import Explainer, activations_and_gradients
 from .cam import gradcam_weights
 from ..hooks import capture
 from ..masking import hidden

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/13_explain.rise.ipynb #b5ac21ab
-from .base import MaskedExplainer, check_counts
+from ..core import check_counts
+from .base import MaskedExplainer
 
 # %% ../../nbs/13_explain.rise.ipynb #31d679e9
 class RISE(MaskedExplainer, name="rise"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/32_metrics.calibration.ipynb #f556e0ba
-from ..explain.base import check_counts
+from ..core import check_counts
 from ..scores import check_target
 
 # %% ../../nbs/32_metrics.calibration.ipynb #942430ee

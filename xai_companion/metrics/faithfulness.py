@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/31_metrics.faithfulness.ipynb #ae7cf956
-from ..explain.base import check_counts, undisturbed
+from ..core import check_counts
+from ..explain.base import undisturbed
 from ..masking import check_dtype, default_chunk, in_chunks, masked_scores
 from .localization import check_maps, top_mask
 from ..scores import check_logits, check_score, pick_target, scores_at

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/33_metrics.robustness.ipynb #f2a3ca45
-from ..explain.base import check_counts, undisturbed
+from ..core import check_counts
+from ..explain.base import undisturbed
 from ..masking import default_chunk, in_chunks
 from ..scores import check_logits, check_target
 

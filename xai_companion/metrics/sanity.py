@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/34_metrics.sanity.ipynb #beaacfe8
-from ..core import seeded
-from ..explain.base import Explainer, check_counts, undisturbed
+from ..core import check_counts, seeded
+from ..explain.base import Explainer, undisturbed
 from ..masking import cover
 from .localization import check_maps
 from ..scores import SCORES, check_logits, check_score, pick_target

@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/42d_train.contrastive.ipynb #69ebebbe
-from ..core import autocasting
+from ..core import autocasting, check_counts, check_positive
 from ..data.augment import AUGMENTATIONS
-from ..explain.base import check_counts, check_positive
 from ..hooks import capture, classifier_of, entering, evaluating
 from .edda import check_options, maps_of, other_classes
 from .losses import collapse_alarm, supcon_loss

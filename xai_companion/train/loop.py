@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'make_optimizer', 'loss_and_accuracy', 'Pass', 'plan_passes', 'Run', 'stops_named', 'compiling',
-           'prepare', 'fit']
+           'make_run', 'fit']
 
 # %% ../../nbs/43_train.loop.ipynb #79b3a4da
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/43_train.loop.ipynb #711a0af1
-from ..core import autocasting, pick_device, processes, progress, seeded
+from ..core import autocasting, pick_device, progress, rank_and_world, seeded
 from ..data.items import ImageSet
 from ..data.loader import Resident, Streamed, epoch_order, subseed
 from ..hooks import classifier_of, evaluating, unwrapped
@@ -103,7 +103,7 @@ class Run:
                  ):
         self.config, self.model, self.data, self.val = config, model.to(memory_format=torch.channels_last), data, val
         self.device = next(model.parameters()).device
-        self.rank, self.world = processes(self.device)
+        self.rank, self.world = rank_and_world(self.device)
         self.batch = min(config.batch, len(data))
         if self.batch % self.world:
             raise ValueError(f"a batch of {self.batch} images cannot be shared by {self.world} processes: take a multiple of it")
@@ -235,7 +235,7 @@ def _check_kind(data, what):
                         f"{type(data).__name__}{parts}: stack those of a Dataset into two tensors, or make an ImageSet of it, "
                         "as the notebook data.items shows")
 
-def prepare(config: Config, train, val, model, classes, device, workers=None) -> Run:
+def make_run(config: Config, train, val, model, classes, device, workers=None) -> Run:
     "A run, checked; data, model and classes as `fit` takes them"
     _check_kind(train, "training")
     if val is not None:
@@ -288,8 +288,8 @@ def fit(config: Config,
     folder = folder and Path(folder)
     classes = getattr(train, "classes", None) if classes is None else list(classes)
     device = pick_device(device)
-    processes(device)
-    run = prepare(config, train, val, model, classes, device, workers)
+    rank_and_world(device)
+    run = make_run(config, train, val, model, classes, device, workers)
     check_classes(run.data.labels, classes or [])
     share_weights(run.model)
     own = folder if run.rank == 0 else None

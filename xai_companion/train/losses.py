@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../../nbs/41_train.losses.ipynb #b8246b7d
-from ..explain.base import check_positive
+from ..core import check_positive
 
 # %% ../../nbs/41_train.losses.ipynb #cbe1e763
 def _terms(anchors, labels, keys, tags, own, weight, temperature):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/40_train.occlusion.ipynb #19a3ae58
-from ..core import span
+from ..core import check_counts, span
 from ..explain import get_explainer
-from ..explain.base import check_counts, with_options
+from ..explain.base import with_options
 from ..hooks import find_layers, plain_module
 from ..masking import hidden, normalize_map
 from ..metrics.localization import check_maps, top_pixels

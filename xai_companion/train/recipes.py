@@ -7,7 +7,6 @@ __all__ = ['OPTIMIZERS', 'DTYPES', 'RECIPES', 'KINDS', 'Config', 'check_config',
            'Recipe', 'CrossEntropy', 'Cutout']
 
 # %% ../../nbs/42_train.recipes.ipynb #ec1ab7b3
-import difflib
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/42_train.recipes.ipynb #8555bfde
+from ..core import check_counts, did_you_mean
 from ..data.augment import AUGMENTATIONS, augmented
 from ..explain import get_explainer
-from ..explain.base import check_counts
 from ..records import record_key
 
 # %% ../../nbs/42_train.recipes.ipynb #c4a39720
@@ -89,9 +88,7 @@ def get_recipe(name: str  # one of `RECIPES`
                ) -> type:
     "The class of a recipe"
     if name not in RECIPES:
-        close = difflib.get_close_matches(str(name), RECIPES, 3, cutoff=0.4)
-        known = f"there are {', '.join(sorted(RECIPES))}"
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else known
+        hint = did_you_mean(str(name), RECIPES) or f"there are {', '.join(sorted(RECIPES))}"
         raise ValueError(f"no recipe is called {name!r}: {hint}")
     return RECIPES[name]
 
@@ -122,10 +119,7 @@ KINDS = {bool: "true or false", Real: "a number", dict: "a dictionary"}  # of a 
 
 def _hint(name: str, options: dict) -> str:
     "What may have been meant by the name of an option; else what there is"
-    close = difflib.get_close_matches(name, options, 3, cutoff=0.4)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"it has {', '.join(sorted(options))}" if options else "it has no options"
+    return did_you_mean(name, options) or f"it has {', '.join(sorted(options)) or 'no options'}"
 
 # %% ../../nbs/42_train.recipes.ipynb #381d3f5d
 class Recipe:
