@@ -304,6 +304,7 @@ class Nan(Scripted):
     (lambda: Cards(CARDS), {"explainer": Corner(Scripted())}, "another model"),
     (lambda: Cards(CARDS), {"model": Two(NAMES)}, "one output"),
     (lambda: Cards(CARDS), {"model": Nan(NAMES)}, "NaN"),
+    (lambda: Cards(CARDS), {"batch": 0}, "batch must be"), (lambda: Cards(CARDS), {"batch": -1}, "batch must be"),
     (lambda: Cards(CARDS), {"model": Scripted(outputs=4)}, "4 outputs without names"),
     (lambda: Cards(CARDS), {"model": Scripted(NAMES[:2])}, "2 names for 3 outputs"),
 ])

@@ -337,11 +337,28 @@ def test_options_are_written_in_full(capsys, words, answer):
     assert stop.value.code == 2 and answer in capsys.readouterr().err
 
 
+WORKING = """
+import sys, time
+from pathlib import Path
+from xai_companion.cli import main
+from xai_companion.explain import GradCAM
+
+def long(self, images, target):
+    Path({sign!r}).touch()
+    time.sleep(60)
+
+GradCAM.compute = long
+sys.exit(main({words!r}))
+"""
+
+
 def test_ctrl_c(folder, tmp_path):
-    command = [COMMAND, "explain", folder / "cat.png", "--method", "shapley", "--out", tmp_path / "out"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+    code = WORKING.format(sign=str(tmp_path / "sign"), words=["explain", str(folder / "cat.png"), "--out", str(tmp_path / "out")])
+    run = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
-    time.sleep(8)
+    while not (tmp_path / "sign").exists():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     message = run.communicate(timeout=60)[1]
     assert run.returncode == 130 and message.strip().endswith("interrupted") and not (tmp_path / "out").exists()

@@ -366,7 +366,8 @@ def test_summary_has_the_interval_of_scipy():
 
 @pytest.mark.parametrize("change, words", [
     ({"metrics": ("ebgp",)}, "unknown metric ebgp"), ({"metrics": ()}, "none given"), ({"n": 0}, "at least 1"),
-    ({"explainers": {}}, "got 0 models"), ({"score": "probability"}, "unknown score"), ({"batch": 0}, "batch must be")])
+    ({"explainers": {}}, "got 0 models"), ({"score": "probability"}, "unknown score"), ({"batch": 0}, "batch must be"),
+    *(({"budget": budget}, "budget must be above 0") for budget in (0, -1, float("nan")))])
 def test_bad_input(network, change, words):
     call = {"explainers": {"cam": GradCAM(network)}, "data": Street(), "metrics": ("drop",)} | change
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,6 @@
 """The contract on every registered explainer, whatever registers it."""
+import random
+
 import numpy as np
 import pytest
 import timm
@@ -7,7 +9,8 @@ from skimage.filters import threshold_otsu
 from torchvision.ops import Permute
 
 from xai_companion.data.photos import photos
-from xai_companion.explain import EXPLAINERS, Occlusion, explain, extremal
+from xai_companion.data.synthetic import creatures
+from xai_companion.explain import EXPLAINERS, GradCAM, Occlusion, explain, extremal
 from xai_companion.explain.base import activations_and_gradients
 from xai_companion.explain.cam import fuse_max
 from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
@@ -15,19 +18,140 @@ from xai_companion.explain.extremal import area_penalty, smoothing_kernel
 from xai_companion.explain.sise import after_pooling, gate, score_maps
 from xai_companion.hooks import find_layers
 from xai_companion.masking import normalize_map, upsample
-from xai_companion.metrics import average_drop
+from xai_companion.metrics import average_drop, infidelity
 from xai_companion.models import Normalized, last_conv, load_model
 from xai_companion.results import correlation
 
 CHEAP = {
     "integrated_gradcam": {"steps": 4}, "integrated_gradients": {"steps": 5}, "smoothgrad": {"samples": 3},
-    "shapley": {"samples": 2, "cells": 3}, "occlusion": {"cells": 3}, "rise": {"n_masks": 12}, "extremal": {"steps": 3, "areas": (0.1, 0.3)},
+    "shapley": {"samples": 2, "cells": 3}, "occlusion": {"cells": 3}, "rise": {"n_masks": 12}, "extremal": {"steps": 3, "areas": (0.1, 0.3), "lr": 10, "area_weight": 1},
 }
 
 
 @pytest.mark.parametrize("name", sorted(EXPLAINERS))
 def test_contract(name):
     assert check_explainer(EXPLAINERS[name], **CHEAP.get(name, {})) == list(PROMISES)
+
+
+def edited(after=lambda self, maps, images, target: maps, before=lambda self, images, target: None):
+    "Grad-CAM with something done before or after a call"
+    class Edited(GradCAM):
+        def attribute(self, images, target=None):
+            before(self, images, target)
+            return after(self, super().attribute(images, target), images, target)
+    return Edited
+
+
+def same_class(self, maps, images, target):
+    return GradCAM.attribute(self, images, 1)
+
+
+def by_list_of_layers(self, maps, images, target):
+    return maps.flip(-1) if isinstance(self.layers, list) else maps
+
+
+def mirrored(self, maps, images, target):
+    images.detach().copy_(images.detach().flip(-1))
+    return maps
+
+
+def zero_gradients(self, maps, images, target):
+    for p in self.model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    return maps
+
+
+def hooked(self, maps, images, target):
+    self.model[0].register_forward_hook(lambda *_: None)
+    return maps
+
+
+def eval_without_finally(self, images, target):
+    self.modes = [m.training for m in self.model.modules()]
+    self.model.eval()
+
+
+def modes_again(self, maps, images, target):
+    for module, mode in zip(self.model.modules(), self.modes, strict=True):
+        module.training = mode
+    return maps
+
+
+class Swallows(GradCAM):
+    def attribute(self, images, target=None):
+        try:
+            return super().attribute(images, target)
+        except RuntimeError:
+            return images[:, :1]
+
+
+class Chunked(edited(lambda self, maps, images, target: maps + self.chunk * images[:, :1])):
+    chunk = 8
+
+
+KEPT = []
+BROKEN = [  # a promise, an explainer that breaks it, and what is said
+    ("maps_fit_the_images", edited(lambda self, maps, *_: maps.double()), "float64"),
+    ("maps_fit_the_images", edited(lambda self, maps, *_: maps[..., :-1]), r"\(4, 1, 20, 23\)"),
+    ("maps_fit_the_images", edited(lambda self, maps, *_: maps / 0), "not finite"),
+    ("maps_tell_classes_apart", edited(lambda self, maps, *_: torch.ones_like(maps)), "the same everywhere"),
+    ("maps_tell_classes_apart", edited(same_class), "another class"),
+    ("batch_mates_do_not_matter", edited(lambda self, maps, *_: maps - maps.mean()), "image 0 has another map"),
+    ("chunks_do_not_matter", Chunked, "chunk size"),
+    ("modes_do_not_matter", edited(lambda self, maps, *_: maps * (1 + self.model.training)), "training mode"),
+    ("modes_do_not_matter", edited(lambda self, maps, *_: maps + torch.rand_like(maps)), "the same call"),
+    ("modes_do_not_matter", edited(lambda self, maps, *_: maps * (1 + torch.is_inference_mode_enabled())), "inference_mode"),
+    ("modes_do_not_matter", edited(lambda self, maps, *_: maps * (1 + self.model[4].weight.requires_grad)), "frozen"),
+    ("targets_have_many_forms", edited(lambda self, maps, images, target: maps.flip(-1) if isinstance(target, list) else maps), "target as list"),
+    ("layers_have_many_forms", edited(by_list_of_layers), "the same layer"),
+    ("a_call_leaves_no_trace", edited(lambda self, maps, *_: [maps, torch.rand(3)][0]), "a random generator differs"),
+    ("a_call_leaves_no_trace", edited(lambda self, maps, *_: [maps, np.random.rand()][0]), "a random generator differs"),
+    ("a_call_leaves_no_trace", edited(lambda self, maps, *_: [maps, random.random()][0]), "a random generator differs"),
+    ("a_call_leaves_no_trace", edited(mirrored), "the images differs"),
+    ("a_call_leaves_no_trace", edited(zero_gradients), "a gradient differs"),
+    ("a_call_leaves_no_trace", edited(hooked), "a hook differs"),
+    ("a_call_leaves_no_trace", edited(lambda self, maps, *_: [maps, self.model.requires_grad_(True)][0]), "a requires_grad flag differs"),
+    ("a_call_leaves_no_trace", edited(lambda self, maps, *_: [maps, setattr(self.model, "seen", 1)][0]), "an attribute of a module differs"),
+    ("a_failure_leaves_no_trace", Swallows, "was swallowed"),
+    ("a_failure_leaves_no_trace", edited(modes_again, eval_without_finally), "the mode of a module differs"),
+    ("memory_stays_flat", edited(lambda self, maps, *_: [maps, KEPT.append(maps)][0]), "tensors stay alive"),
+    ("bad_input_is_named", edited(before=lambda self, images, target: torch.as_tensor(images).clamp_(0, 1)), "nothing was raised"),
+]
+
+
+@pytest.mark.parametrize("name, broken, words", BROKEN)
+def test_a_broken_promise_is_noticed(name, broken, words):
+    with pytest.raises(AssertionError, match=words):
+        PROMISES[name](broken)
+    KEPT.clear()
+
+
+def test_every_promise_can_be_broken():
+    assert {name for name, *_ in BROKEN} == set(PROMISES)
+
+
+@pytest.mark.parametrize("name, options", [("saliency", {}), ("occlusion", {"cells": 1}), ("occlusion", {"cells": 4}), ("shapley", {"cells": 4, "samples": 2})])
+def test_pixel_explainers_on_a_linear_model(name, options):
+    """The logit is a weighted sum of all colours. Its gradient is the weights; what a hidden square costs is the sum over the square, in
+    whatever order squares are hidden; Occlusion's squares overlap, and a pixel gets the mean of those that cover it."""
+    generator = torch.Generator().manual_seed(0)
+    weights, image = torch.randn(3, 8, 8, generator=generator), torch.rand(1, 3, 8, 8, generator=generator)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    with torch.no_grad():
+        model[1].weight[1] = weights.flatten()
+    worth, found = (image[0] * weights).sum(0), explain(model, image, name, 1, **options)[0, 0]
+    if name == "saliency":
+        expected = weights.abs().amax(0)
+    elif name == "occlusion":
+        side, total, seen = 8 // options["cells"], torch.zeros(8, 8), torch.zeros(8, 8)
+        for top in range(0, 9 - side, max(1, side // 2)):
+            for left in range(0, 9 - side, max(1, side // 2)):
+                total[top:top + side, left:left + side] += worth[top:top + side, left:left + side].sum()
+                seen[top:top + side, left:left + side] += 1
+        expected = total / seen
+    else:
+        expected = worth.view(4, 2, 4, 2).sum((1, 3)).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gradcam", "gradcampp", "xgradcam", "hirescam", "layercam", "integrated_gradcam"])
@@ -37,7 +161,7 @@ def test_half_precision(name):
     exact = explain(load_model(), images, name, 281, **options)
     half = explain(load_model().bfloat16(), images.bfloat16(), name, 281, **options)
     assert half.dtype == torch.float32
-    assert torch.corrcoef(torch.stack([exact.flatten(), half.flatten()]))[0, 1] > 0.9
+    assert torch.corrcoef(torch.stack([exact.flatten(), half.flatten()]))[0, 1] > 0.999
 
 
 @pytest.mark.parametrize("name, options", [
@@ -94,7 +218,7 @@ def test_more_mu_fewer_masks():
     model, images = load_model(), photos(64)
     kept = [EXPLAINERS["sise"](model, mu=mu).masks_kept(images) for mu in (0.0, 0.1, 0.3, 0.5, 0.75)]
     counts = [sum(k.sum(1) for k in layers.values()) for layers in kept]
-    assert all((a >= b).all() and (b > 0).all() for a, b in zip(counts, counts[1:], strict=False))
+    assert all((a >= b).all() and (b > 0).all() for a, b in zip(counts, counts[1:], strict=False)) and (counts[0] > counts[-1]).all()
     assert all((b & ~a == 0).all() for more, less in zip(kept, kept[1:], strict=False) for a, b in zip(more.values(), less.values(), strict=True))
 
 
@@ -163,6 +287,9 @@ def test_options_must_make_sense():
                          ("sise", "chunk"), ("extremal", "steps")):
         with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1, got 0"):
             explain(model, images, name, **{option: 0})
+    for noise in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="noise must be at least 0 and finite"):
+            explain(model, images, "smoothgrad", noise=noise)
     with pytest.raises(TypeError, match="find_class"):
         explain(model, images, target="tabby")
 
@@ -171,7 +298,9 @@ def test_one_logit_has_no_softmax():
     "The softmax of one number is 1, whatever the image: maps of nothing, and a perfect Drop"
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 1))
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    for act in (lambda: explain(model, images, "sise"), lambda: average_drop(model, images, torch.rand(2, 1, 16, 16))):
+    maps = torch.rand(2, 1, 16, 16)
+    for act in (lambda: explain(model, images, "sise"), lambda: average_drop(model, images, maps),
+                lambda: infidelity(model, images, maps, samples=2, score="softmax")):
         with pytest.raises(ValueError, match="score='sigmoid'"):
             act()
     assert explain(model, images, "sise", score="sigmoid").shape == explain(model, images, "gradcam").shape == (2, 1, 16, 16)
@@ -335,6 +464,13 @@ def test_more_options_must_make_sense():
                          ("shapley", "samples"), ("shapley", "chunk"), ("extremal", "levels"), ("extremal", "mask_step"), ("extremal", "chunk")):
         with pytest.raises(ValueError, match=f"{option} must be a whole number of at least 1, got 0"):
             explain(model, images, name, **{option: 0})
+
+
+def test_extremal_keeps_the_share_that_was_asked_for():
+    model, drawn = load_model("plain_cnn"), creatures(range(2), 64)
+    for area in (0.05, 0.1, 0.2):
+        kept = explain(model, drawn.image, "extremal", drawn.label, areas=area, steps=50, lr=0.16, growth=1.0035**16, mask_step=4).mean((1, 2, 3))
+        assert (abs(kept / area - 1) < 0.3).all()
 
 
 def test_extremal_mirrors_every_second_step():

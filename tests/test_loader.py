@@ -1,10 +1,8 @@
 """Batches and views: the same bytes by either way, the same views from the same seed, parity with torchvision."""
 
 import os
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -29,6 +27,7 @@ from xai_companion.data.items import ImageSet, Item, resized
 from xai_companion.data.loader import Resident, Streamed, epoch_order, read_items, subseed
 from xai_companion.data.readers import ImageFolder
 from xai_companion.data.synthetic import Synthetic, creatures
+from xai_companion.explain.contract import generators
 
 
 def seed(number):
@@ -95,11 +94,10 @@ def test_streamed_gives_what_resident_gives(folder, workers):
 
 
 def test_workers_do_not_touch_the_numbers_of_the_run(folder):
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    before = generators()
     for workers in (0, 1):
         next(Streamed(ImageFolder(folder), 16, workers=workers).batches(epoch_order(12, 0, 0).split(4)))
-    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
-    assert np.random.get_state()[1].tolist() == before[2]
+    assert generators() == before
 
 
 def test_drawn_sets_are_drawn_in_batches_and_at_any_size():

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from xai_companion import viz
 from xai_companion.explain import GradCAM, IntegratedGradients, explain
 from xai_companion.masking import hidden, normalize_map
 from xai_companion.metrics import (
@@ -583,8 +584,11 @@ def test_sanity_needs_samples(model, images, maps):
         sensitivity(GradCAM(model, "3"), images, samples=0)
     with pytest.raises(ValueError, match="samples must be a whole number"):
         infidelity(model, images, maps, samples=0)
-    with pytest.raises(ValueError, match="radius"):
-        sensitivity(GradCAM(model, "3"), images, radius=-0.1)
+    for radius in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="radius"):
+            sensitivity(GradCAM(model, "3"), images, radius=radius)
+    with pytest.raises(ValueError, match="side must be a whole number"):
+        infidelity(model, images, torch.rand(len(images), 1, *images.shape[2:]), side=2.5)
 
 
 def test_infidelity_hides_a_quarter_of_the_shorter_side(model, images, maps):
@@ -598,15 +602,22 @@ def test_win_rate_needs_drops_of_the_same_images():
     for a, b in ((torch.rand(3), torch.rand(4)), (torch.rand(0), torch.rand(0)), (torch.rand(2, 2), torch.rand(2, 2))):
         with pytest.raises(ValueError, match="same images"):
             win_rate(a, b)
+    with pytest.raises(ValueError, match="a drop is NaN"):
+        win_rate(torch.tensor([0.1, float("nan")]), torch.rand(2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_confidence_on_an_edge_belongs_to_the_bin_below(dtype):
-    "0.1 to 0.9 as decimal fractions are edges of ten bins, in every precision: two neighbours never share a bin"
-    for tenth in range(5, 9):
+    """0.1 to 0.9 as decimal fractions are edges of ten bins, in every precision: two neighbours never share a bin. The rest of the
+    probability is spread over ten other classes. The diagram says what the metric says."""
+    for tenth in range(1, 9):
         confident = torch.tensor([tenth / 10, (tenth + 1) / 10], dtype=dtype)
-        probs = torch.stack([confident, 1 - confident], 1)
-        expected = abs(0 - tenth / 10) / 2 + abs(1 - (tenth + 1) / 10) / 2  # the first is wrong, the second right
-        score = expected_calibration_error(probs, torch.tensor([1, 0]), 10)
-        if tenth > 5:  # at 0.5 both classes are as likely, and the first is predicted
-            assert score.item() == pytest.approx(expected, abs=1e-6)
+        probs = torch.cat([confident[:, None], ((1 - confident) / 10)[:, None].expand(-1, 10)], 1)
+        expected = (confident.double()[0] / 2 + (1 - confident.double()[1]) / 2).item()  # the first is wrong, the second right
+        assert expected_calibration_error(probs, torch.tensor([1, 0]), 10).item() == pytest.approx(expected, abs=1e-6)
+        assert _ece_of_the_diagram(confident, torch.tensor([False, True])) == pytest.approx(100 * expected, abs=0.051)
+
+
+def _ece_of_the_diagram(confidence, correct):
+    figure = viz.reliability_diagram(confidence, correct, 10)
+    return float(figure.axes[0].get_title(loc="right").removeprefix("ECE ").removesuffix(" %"))

@@ -210,3 +210,7 @@ def test_checkpoints_that_are_not_read_say_why(tmp_path):
 def test_a_class_with_a_namesake_in_capitals():
     names = imagenet_classes()
     assert [find_class(name, names) for name in ("Cardigan", "cardigan", "CARDIGAN")] == [264, 474, 264]
+    assert [find_class(number, names) for number in (7, "7", "-1")] == [7, 7, -1]
+    for nonsense in ("--5", "\u00b2"):
+        with pytest.raises(ValueError, match="no class is called"):
+            find_class(nonsense, names)

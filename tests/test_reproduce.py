@@ -86,6 +86,7 @@ def test_record_and_compare(clone, capsys, monkeypatch):
     write(clone, "01_sise.ipynb", "pass")   # what the last run left must not pass for this run's
     assert reproduce() == 0
     assert "Rows: 0 agree" in capsys.readouterr().out
+    assert reproduce(check=True, papers=["sise"]) == 1 and "No row could be compared" in capsys.readouterr().out
 
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
     with pytest.raises(ValueError, match="never recorded"):

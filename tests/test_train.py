@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from xai_companion.data.datasets import load_dataset
 from xai_companion.data.synthetic import Synthetic
+from xai_companion.explain.contract import generators
 from xai_companion.models import conv_blocks, load_model
 from xai_companion.networks import TRAINED
 from xai_companion.train import (
@@ -146,12 +147,11 @@ def test_evaluation_is_the_plain_one():
 
 
 def test_nothing_outside_is_touched():
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    states = generators()
     train, val = toy(), toy(12, seed=1)
     kept = [t.clone() for t in (*train, *val)]
     fit(replace(BASE, epochs=2), train, val, model=small_net())
-    assert random.getstate() == states[0] and (np.random.get_state()[1] == states[1]).all()
-    assert torch.equal(torch.get_rng_state(), states[2])
+    assert generators() == states
     assert all(torch.equal(a, b) for a, b in zip((*train, *val), kept, strict=True))
 
 
@@ -486,7 +486,8 @@ def test_a_batch_of_one_without_batch_norm_is_fine():
 
 @pytest.mark.parametrize("wrong", [dict(recipe="nothing"), dict(epochs=0), dict(epochs=1.5), dict(batch=0), dict(lr=0.0), dict(lr=-1.0),
                                    dict(lr=math.nan), dict(warmup=1.5), dict(smoothing=-0.1), dict(optimizer="adam"),
-                                   dict(dtype="half"), dict(pad=17), dict(seen=0), dict(weight_decay=-1.0)])
+                                   dict(dtype="half"), dict(pad=17), dict(seen=0), dict(weight_decay=-1.0),
+                                   dict(lr="0.1"), dict(pad=1.5), dict(seed=1.5), dict(flip="no")])
 def test_bad_config(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(BASE, **wrong)

@@ -217,6 +217,11 @@ def test_reliability():
     for bad in (([0.5], [1, 0]), ([], []), ([1.5], [1]), ([float("nan")], [1])):
         with pytest.raises(ValueError, match="confidence"):
             viz.reliability_diagram(*bad)
+    with pytest.raises(ValueError, match="whether it is right"):
+        viz.reliability_diagram([0.5, 0.6], [5, 7])
+    for call in (lambda: viz.reliability_diagram([0.5], [1], bins=0), lambda: viz.show_images(torch.rand(2, 3, 8, 8), columns=0)):
+        with pytest.raises(ValueError, match="must be a whole number of at least 1, got 0"):
+            call()
 
 
 # The gallery
@@ -295,7 +300,7 @@ def test_gallery_refuses_what_does_not_fit(tmp_path, batch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_palette_is_safe_for_colour_blind_readers():
+def test_the_palette_stands_out_on_white():
     linear = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in viz.PALETTE])
     luminance = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
     assert (1.05 / (luminance + 0.05) > 2).all()              # each stands out on white

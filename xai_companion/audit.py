@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # %% ../nbs/60_audit.ipynb #8350f4ba
 from . import findings as find
 from .audit_page import Found, Shown, audit_page
-from .core import pick_device, progress
+from .core import check_counts, pick_device, progress
 from .data.items import ImageSet
 from .evaluate import Units, describe, explain_units, load_units, model_fingerprint, seeded_order
 from .explain import Explainer, get_explainer
@@ -182,6 +182,7 @@ def audit(model: nn.Module,      # takes images in [0, 1], returns logits (N, K)
           data_name: str | None = None,   # what the report calls the data; default: the set's own name
           ) -> Audit:
     "Audit a classifier on labelled images"
+    check_counts(batch=batch)
     if out is not None:
         check_place(out)
     setting, names, how = make_setting(model, data, explainer, n, seed, size, class_map, device)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEFAULTS', 'PROFILES', 'FLOAT32', 'Settings', 'find_settings', 'settings', 'by_profile', 'pick_device', 'span',
-           'has_bfloat16', 'autocasting', 'rank_and_world', 'check_positive', 'check_counts', 'did_you_mean', 'seeded',
-           'replacing', 'is_watched', 'progress']
+           'has_bfloat16', 'autocasting', 'rank_and_world', 'check_positive', 'check_between', 'check_counts',
+           'did_you_mean', 'seeded', 'replacing', 'is_watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #57a03c36
 import configparser
@@ -143,6 +143,13 @@ def check_positive(**values):
     for name, value in values.items():
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+
+def check_between(low, high, **values):
+    "Raise if one of the named numbers does not lie between these two, or is not finite"
+    for name, value in values.items():
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not (low <= value <= high and math.isfinite(value)):
+            wanted = f"a number between {low} and {high}" if high < math.inf else f"at least {low} and finite"
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 def check_counts(**counts):
     "Raise if one of the named numbers is not a whole number of at least 1"

@@ -243,7 +243,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
     "Explain the images with every explainer, and score the maps"
     dtype = next(_only_model(explainers, metrics).parameters(), torch.empty(0)).dtype
     check_counts(batch=batch)
-    if budget is not None and budget <= 0:
+    if budget is not None and not budget > 0:
         raise ValueError(f"budget must be above 0 seconds, got {budget}")
     check_score(score)
     folder = None if folder is None else Path(folder)

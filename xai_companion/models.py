@@ -261,7 +261,7 @@ def find_class(query: str | int,  # an index, or the name of a class in any case
     lower = [name.lower() for name in classes or ()]
     if isinstance(query, str) and query.lower() in lower:
         return lower.index(query.lower())
-    if str(query).lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", str(query)):
         return int(query)
     if not classes:
         raise ValueError(f"the classes of this model have no names: give the index of {query!r} instead")

@@ -159,10 +159,12 @@ def _deadline(profile, minutes):
         return time.time() + 60 * minutes
     return "inf" if profile in ("gpu", "paper") else None
 
-def _disagreeing(outcomes):
-    "Rows outside of the interval, as text"
-    return [f"{o.paper} / {name}: {row}" for o in outcomes for name, table in o.tables.items()
-            for row in table.index[table["agrees"] == ANSWER[False]]]
+def _wrong(outcomes):
+    "What a check has to complain about: rows outside of the interval, or that there was no row to compare"
+    tables = [(f"{o.paper} / {name}", table) for o in outcomes for name, table in o.tables.items()]
+    if not any((table["agrees"] != ANSWER[None]).any() for _, table in tables):
+        return ["No row could be compared: the stored records of this profile are missing, or have other names"]
+    return [f"Does not agree: {name}: {row}" for name, table in tables for row in table.index[table["agrees"] == ANSWER[False]]]
 
 def _plan_all(notebooks, papers, now):
     "Print the plan of all notebooks, which needs no GPU; the exit status"
@@ -185,7 +187,7 @@ def _run_all(notebooks, now, env):
 def reproduce(papers: list[str] | None = None,  # names such as "sise"; default: all there are
               record: bool = False,             # also write the records into results/
               minutes: float | None = None,     # begin no step that should end later; 0: print the plan; default: no limit
-              check: bool = False,              # run a sample, and fail when a row does not agree
+              check: bool = False,              # run a sample, and fail when a row does not agree, or none can be compared
               ) -> int:  # exit status: 0, 1 when a notebook failed or no step fits, 75 when the time was over, 130 after Ctrl-C
     "Run the notebooks of the papers in the current profile and write a report"
     check_tools()
@@ -214,6 +216,6 @@ def reproduce(papers: list[str] | None = None,  # names such as "sise"; default:
             return OUT_OF_TIME
         print(f"No step fits: give more than --minutes {minutes:g}")
         return 1
-    wrong = _disagreeing(outcomes) if check else []
-    print("".join(f"Does not agree: {row}\n" for row in wrong), end="")
+    wrong = _wrong(outcomes) if check else []
+    print("".join(f"{line}\n" for line in wrong), end="")
     return int(bool(wrong) or any(o.error for o in outcomes))

@@ -21,6 +21,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from PIL import Image
 
+# %% ../nbs/01_viz.ipynb #7d3e5c59
+from .core import check_counts
+
 # %% ../nbs/01_viz.ipynb #232851ee
 BLUE, SKY, RED, ORANGE, TEAL, PURPLE, NAVY, BLACK = PALETTE = (
     "#1a85ff", "#56b4e9", "#bd1f01", "#e69f00", "#009988", "#832db6", "#003f5c", "#000000")
@@ -249,6 +252,7 @@ def show_images(images: torch.Tensor,  # images (N, 1 or 3, H, W) in [0, 1]
                 tile: float = 1.6      # width of an image in inches
                 ) -> Figure:
     "Images in a grid"
+    check_counts(columns=columns)
     images = check_photos(images)
     titles, columns = one_each(titles, len(images), "titles"), min(columns, len(images))
     pictures = [*images, *[None] * (-len(images) % columns)]
@@ -345,13 +349,18 @@ def curves(x,                      # T numbers, shared by the lines
 # %% ../nbs/01_viz.ipynb #08398158
 def _reliability(confidence, correct, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Share of the predictions, accuracy and mean confidence per bin (0 where a bin is empty)"
-    confidence, correct = (np.asarray(v.detach().cpu() if isinstance(v, torch.Tensor) else v, dtype=float)
-                           for v in (confidence, correct))
+    check_counts(bins=bins)
+    given = confidence if isinstance(confidence, torch.Tensor) else torch.as_tensor(np.array(confidence, dtype=float))
+    edges = (torch.arange(1, bins).double() / bins).to(given.dtype).double().numpy()  # as 0.3 is in float32
+    confidence, correct = (np.asarray(v.detach().cpu().double() if isinstance(v, torch.Tensor) else v, dtype=float)
+                           for v in (given, correct))
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
         raise ValueError(f"confidence and correct must be N numbers each; got {confidence.shape} and {correct.shape}")
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("confidence must lie in [0, 1]: give the largest softmax probability of each prediction")
-    index = np.searchsorted(np.arange(1, bins) / bins, confidence, side="left")
+    if not set(np.unique(correct)) <= {0, 1}:
+        raise ValueError("correct must say of each prediction whether it is right: predicted == labels")
+    index = np.searchsorted(edges, confidence, side="left")
     count = np.bincount(index, minlength=bins)
     total = np.maximum(count, 1)
     accuracy = np.bincount(index, weights=correct, minlength=bins) / total

@@ -114,6 +114,8 @@ def win_rate(drop_a: Tensor,  # (N,): drop of each image with the maps of A
     "The share of the images on which A loses less than B, a scalar"
     if drop_a.shape != drop_b.shape or drop_a.dim() != 1 or not len(drop_a):
         raise ValueError(f"A and B must be drops of the same images, (N,) each, got {tuple(drop_a.shape)} and {tuple(drop_b.shape)}")
+    if drop_a.isnan().any() or drop_b.isnan().any():
+        raise ValueError("a drop is NaN: such an image counts for neither A nor B, leave it out of both")
     return (drop_a < drop_b).float().mean()
 
 # %% ../../nbs/31_metrics.faithfulness.ipynb #c2856478

@@ -6,15 +6,17 @@
 __all__ = ['sensitivity', 'infidelity']
 
 # %% ../../nbs/34_metrics.sanity.ipynb #7e27a34f
+from math import inf
+
 import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/34_metrics.sanity.ipynb #beaacfe8
-from ..core import check_counts, seeded
+from ..core import check_between, check_counts, seeded
 from ..explain.base import Explainer, undisturbed
 from ..masking import cover
 from .localization import check_maps
-from ..scores import SCORES, check_logits, check_score, pick_target
+from ..scores import check_logits, check_score, pick_target, scores_at
 
 # %% ../../nbs/34_metrics.sanity.ipynb #99b932ad
 def sensitivity(explainer: Explainer,  # any explainer of this companion, such as GradCAM(model)
@@ -28,8 +30,7 @@ def sensitivity(explainer: Explainer,  # any explainer of this companion, such a
     "Largest relative change of the map when noise is added to the image, (N,), through captum"
     from captum.metrics import sensitivity_max
     check_counts(samples=samples)
-    if not radius >= 0:
-        raise ValueError(f"radius must be at least 0, got {radius!r}")
+    check_between(0, inf, radius=radius)
 
     def attribute(images, target):
         return (explainer.attribute(images[0] if isinstance(images, tuple) else images, target),)
@@ -69,8 +70,8 @@ def infidelity(model: nn.Module,  # takes images in [0, 1], returns logits (N, K
                ) -> Tensor:
     "Mean squared error of the map's sum over a square as a guess of what hiding it costs, (N,), through captum"
     from captum.metrics import infidelity as by_captum
-    check_counts(samples=samples, chunk=chunk)
-    read = SCORES[check_score(score)]
+    check_counts(samples=samples, chunk=chunk, side=1 if side is None else side)
+    check_score(score)
 
     def hide(images):
         square = _squares(images, side)
@@ -80,12 +81,12 @@ def infidelity(model: nn.Module,  # takes images in [0, 1], returns logits (N, K
     with undisturbed(model, images) as images:
         shorter = min(images.shape[2:])
         side = max(1, shorter // 4) if side is None else side
-        if not 1 <= side <= shorter:
+        if side > shorter:
             raise ValueError(f"side must be 1 to {shorter} pixels for these images, got {side!r}")
         maps = check_maps(maps, images).to(images.device).expand_as(images) / images.shape[1]
         labels = pick_target(check_logits(model(images), len(images)), target)
         for image, value, label in zip(images.split(1), maps.split(1), labels.split(1), strict=True):
             with seeded(seed):
-                values.append(by_captum(lambda x: read(model(x)), hide, image, value, target=label, n_perturb_samples=samples,
-                                        max_examples_per_batch=min(chunk, samples), normalize=scale))
+                values.append(by_captum(lambda x: scores_at(model(x), label.expand(len(x)), score), hide, image, value,  # noqa: B023
+                                        n_perturb_samples=samples, max_examples_per_batch=min(chunk, samples), normalize=scale))
     return torch.cat(values)

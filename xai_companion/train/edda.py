@@ -6,11 +6,13 @@
 __all__ = ['FILLS', 'check_options', 'maps_of', 'EDDA', 'RandomOcclusion', 'other_classes', 'EDDARandomClass']
 
 # %% ../../nbs/42c_train.edda.ipynb #e7f328ea
+from math import inf
+
 import torch
 from torch.nn import functional as F
 
 # %% ../../nbs/42c_train.edda.ipynb #61c33ef7
-from ..core import autocasting
+from ..core import autocasting, check_between
 from ..explain import get_explainer
 from .losses import DROP_TARGETS, drop_targets, edda_loss, gathered
 from .occlusion import CurrentMaps, MapCache, occlude, random_masks, salient
@@ -27,13 +29,9 @@ def check_options(options: dict  # of a recipe that uses explanations
     for name, known in (("fill", FILLS), ("drop_target", DROP_TARGETS)):
         if name in options and options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
-    for name in ("tau", "share", "start", "ramp", "p"):
-        value = options.get(name)
-        if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
-            raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
-    for name in ("keep_weight", "drop_weight", "background_weight"):
-        if options.get(name, 0) < 0:
-            raise ValueError(f"{name} must not be negative, got {options[name]!r}")
+    given = {name: value for name, value in options.items() if value is not None}
+    check_between(0, 1, **{name: given[name] for name in ("tau", "share", "start", "ramp", "p") if name in given})
+    check_between(0, inf, **{name: given[name] for name in ("keep_weight", "drop_weight", "background_weight") if name in given})
 
 def maps_of(model,
             config,  # of a recipe that uses explanations, with

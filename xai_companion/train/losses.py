@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../../nbs/41_train.losses.ipynb #b8246b7d
-from ..core import check_positive
+from ..core import check_between, check_positive
 
 # %% ../../nbs/41_train.losses.ipynb #cbe1e763
 def _terms(anchors, labels, keys, tags, own, weight, temperature):
@@ -98,12 +98,6 @@ def _check_unit(features, name):
                      "use torch.nn.functional.normalize(z, dim=-1)")
 
 # %% ../../nbs/41_train.losses.ipynb #b7631a40
-def _check_weights(**weights):
-    "Raise if a weight is negative or not finite"
-    for name, weight in weights.items():
-        if not 0 <= weight < inf:
-            raise ValueError(f"{name} must be 0 or more and finite, got {weight}")
-
 def _checked(z, labels, background):
     "z (N, V, D) and background (M, D) in the dtype of the computation, and labels, if they fit together"
     _check_tensor(z, "z", "(N, V, D): N images in V views (one view: z[:, None])", 3)
@@ -132,7 +126,7 @@ def supcon_loss(z: Tensor,       # (N, V, D): V views of N images, vectors of le
                 ) -> Tensor:     # a scalar, float32 (float64 for float64)
     "The supervised contrastive loss of SupCon and ExCon, and with backgrounds that of ExConB"
     check_positive(temperature=temperature, base_temperature=base_temperature)
-    _check_weights(background_weight=background_weight)
+    check_between(0, inf, background_weight=background_weight)
     z, labels, background = _checked(z, labels, background)
     anchors, labels = z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
     rows = torch.cat([anchors, background])
@@ -154,7 +148,7 @@ def collapsed_value(views: int,  # number of views in a batch, all processes tog
                     ) -> float:
     "The loss of a network that makes the same vector of everything"
     check_positive(temperature=temperature, base_temperature=base_temperature)
-    _check_weights(background=background)
+    check_between(0, inf, background=background)
     if views < 2:
         raise ValueError(f"views must be at least 2, got {views}: one view has nothing to be compared with")
     return temperature / base_temperature * log(views - 1 + background)
@@ -216,7 +210,7 @@ def edda_loss(logits: Tensor,       # (N, K): of the whole images; (N, K + 1) fo
               smoothing: float = 0.0,  # label smoothing of the first two terms
               ) -> Tensor:          # a scalar, float32 (float64 for float64)
     "Cross-entropy of the whole images, of the salient parts, and of what is left without them"
-    _check_weights(keep_weight=keep_weight, drop_weight=drop_weight)
+    check_between(0, inf, keep_weight=keep_weight, drop_weight=drop_weight)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing must lie in [0, 1], got {smoothing}")
     for name, part in {"logits": logits, "keep": keep, "drop": drop}.items():

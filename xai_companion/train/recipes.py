@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/42_train.recipes.ipynb #8555bfde
-from ..core import check_counts, did_you_mean
+from ..core import check_between, check_counts, check_positive, did_you_mean
 from ..data.augment import AUGMENTATIONS, augmented
 from ..explain import get_explainer
 from ..records import record_key
@@ -70,16 +70,18 @@ def check_config(config: "Config"  # to be checked
     "Raise if a value of the config makes no sense"
     get_recipe(config.recipe).check(config.options)
     check_counts(size=config.size, epochs=config.epochs, batch=config.batch, seen=1 if config.seen is None else config.seen)
-    for name, low, high in (("lr", 0, 100), ("weight_decay", 0, 1), ("warmup", 0, 1), ("smoothing", 0, 1)):
-        if not low <= getattr(config, name) <= high or (name == "lr" and not config.lr):
-            raise ValueError(f"{name} must lie between {low} and {high}, got {getattr(config, name)!r}")
+    check_positive(lr=config.lr)
+    check_between(0, 1, weight_decay=config.weight_decay, warmup=config.warmup, smoothing=config.smoothing)
     for name, known in (("optimizer", OPTIMIZERS), ("dtype", DTYPES), ("augmentation", tuple(AUGMENTATIONS))):
         if getattr(config, name) not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(config, name)!r}")
     if config.augmentation != "crop" and (instead := get_recipe(config.recipe).instead):
         raise ValueError(f"the recipe {config.recipe} makes no use of augmentation={config.augmentation!r}: {instead}")
-    if config.pad is not None and not 0 <= config.pad <= config.size:
-        raise ValueError(f"pad must lie between 0 and the size of the images ({config.size}), got {config.pad!r}")
+    if config.pad is not None and not (isinstance(config.pad, int) and 0 <= config.pad <= config.size):
+        raise ValueError(f"pad must be a whole number between 0 and the size of the images ({config.size}), got {config.pad!r}")
+    for name, kind in (("flip", bool), ("seed", int)):
+        if not isinstance(getattr(config, name), kind):
+            raise ValueError(f"{name} must be {'True or False' if kind is bool else 'a whole number'}, got {getattr(config, name)!r}")
 
 # %% ../../nbs/42_train.recipes.ipynb #8cad75fb
 RECIPES: dict[str, type] = {}  # every recipe by its name
