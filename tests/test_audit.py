@@ -21,6 +21,7 @@ from xai_companion.core import seeded
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.readers import ImageFolder
 from xai_companion.explain import Explainer
+from xai_companion.explain.contract import assert_untouched, footprint, trap_network
 from xai_companion.models import load_model
 from xai_companion.own_data import Located, match_classes, read_boxes, read_class_map
 
@@ -314,6 +315,14 @@ def test_bad_input(tmp_path, data, options, words):
     with pytest.raises((ValueError, RuntimeError), match=re.escape(words)):
         audit(model, data(), explainer, out=tmp_path / "audit.html", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_audit_leaves_no_trace(tmp_path):
+    network, images = trap_network(), torch.zeros(1)
+    network.classes = [*NAMES, "dog", "eel", "fox"]
+    before = footprint(network, images)
+    audit(network, Cards(CARDS, side=16), "sise", out=tmp_path / "audit.html")
+    assert_untouched(before, footprint(network, images), "after an audit")
 
 
 def test_class_map_and_order():

@@ -31,9 +31,9 @@ from xai_companion.evaluate import (
     seeded_order,
     summary,
 )
-from xai_companion.explain import EXPLAINERS, SISE, GradCAM
+from xai_companion.explain import EXPLAINERS, RISE, SISE, GradCAM
 from xai_companion.explain.base import Explainer
-from xai_companion.explain.contract import trap_network
+from xai_companion.explain.contract import assert_untouched, footprint, trap_network
 from xai_companion.ledger import writing
 from xai_companion.metrics import (
     METRICS,
@@ -372,6 +372,13 @@ def test_bad_input(network, change, words):
     call = {"explainers": {"cam": GradCAM(network)}, "data": Street(), "metrics": ("drop",)} | change
     with pytest.raises(ValueError, match=words):
         evaluate(**call)
+
+
+def test_evaluate_leaves_no_trace():
+    network, images = trap_network(), torch.zeros(1)
+    before = footprint(network, images)
+    evaluate({"cam": GradCAM(network), "rise": RISE(network, n_masks=8)}, Street(), list(METRICS), n=3)
+    assert_untouched(before, footprint(network, images), "after an evaluation")
 
 
 def test_labels_that_the_model_does_not_have(network):

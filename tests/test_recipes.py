@@ -22,6 +22,7 @@ from xai_companion.train import RECIPES, Batch, Config, Moment, fit, get_recipe
 from xai_companion.train.files import COLUMNS
 from xai_companion.train.loop import make_run
 from xai_companion.train.losses import collapsed_value, supcon_loss
+from xai_companion.train.processes import average_gradients
 from xai_companion.train.published import PUBLISHED
 
 NAMES = ("ce cutout random_occlusion edda edda_random_class supcon supcon_clean_view excon exconb excon_random_mask "
@@ -412,6 +413,15 @@ def trained(name, seed=0, **where):
     return fit(settings, toy(50), toy(12, seed=1), model=model, **where).model.state_dict()
 
 
+def unequal_gradients(rank):
+    "Four weights, averaged: one with a gradient in both processes, one in the second only, one in none, one that is frozen"
+    weights = [nn.Parameter(torch.zeros(2), requires_grad=i < 3) for i in range(4)]
+    weights[0].grad = torch.tensor([1.0, 2.0]) * (rank + 1)
+    weights[1].grad = torch.tensor([4.0, 6.0]) if rank else None
+    average_gradients(iter(weights))
+    return [None if w.grad is None else w.grad.tolist() for w in weights]
+
+
 def one_of_two(rank, folder):
     "Train each recipe; then stop one with kept maps in the middle of its third epoch, and continue"
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
@@ -430,6 +440,7 @@ def one_of_two(rank, folder):
     dist.barrier()
     found["continued"] = trained("edda", seed=7, folder=folder / "run")
     found["unlike"] = trained("ce", seed=rank)
+    found["gradients"] = unequal_gradients(rank)
     trained("ce", folder=folder / "seen")
     with pytest.raises(RuntimeError, match="the number of finished steps is 0 to"):
         trained("ce", folder=folder / ("seen" if rank == 0 else "not seen"))
@@ -458,6 +469,12 @@ def test_two_processes_take_the_steps_of_one(two_processes, name):
 def test_two_processes_begin_with_the_network_of_the_first(two_processes):
     assert all(torch.equal(value, two_processes[1]["unlike"][key]) for key, value in two_processes[0]["unlike"].items())
     assert all(torch.equal(value, two_processes[0]["ce"][key]) for key, value in two_processes[0]["unlike"].items())
+
+
+def test_a_gradient_that_only_one_process_has(two_processes):
+    "As in one process with all images: the other's share of the mean is 0; without a gradient anywhere the optimiser has nothing to do"
+    for found in two_processes:
+        assert found["gradients"] == [[1.5, 3.0], [2.0, 3.0], None, None]
 
 
 def test_two_processes_continue_with_the_same_bits(two_processes):

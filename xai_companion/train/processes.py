@@ -16,14 +16,19 @@ def _several():
 
 def average_gradients(parameters  # of which some may have no gradient
                       ):
-    "Replace each gradient by its mean over the processes"
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads or not _several():
+    "Replace each gradient by its mean over the processes; one that a process does not have counts as 0 there"
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters or not _several():
         return
-    flat = torch.cat([g.flatten().float() for g in grads])
+    had = torch.tensor([float(p.grad is not None) for p in parameters]).to(parameters[0].device, non_blocking=True)
+    flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters), had])
     dist.all_reduce(flat)
-    for grad, mean in zip(grads, (flat / dist.get_world_size()).split([g.numel() for g in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+    *means, had = (flat / dist.get_world_size()).split([*(p.numel() for p in parameters), len(parameters)])
+    for parameter, mean, somewhere in zip(parameters, means, had, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.copy_(mean.view_as(parameter))
+        elif somewhere > 0:  # in no process: it stays without, and the optimiser leaves it alone
+            parameter.grad = mean.view_as(parameter).to(parameter.dtype)
 
 def share_buffers(model: nn.Module):
     "Give all processes the batch-norm statistics of the first one"
