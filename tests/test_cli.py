@@ -15,12 +15,12 @@ from PIL import Image
 from test_paper_profile import write_tiny
 
 from xai_companion.cli import main
-from xai_companion.commands.explain import save_png
 from xai_companion.commands.options import check_takes, names_in, parse_methods, parse_option
 from xai_companion.commands.train import _config, _pair, _written
 from xai_companion.core import rank_and_world
 from xai_companion.data.photos import photos
 from xai_companion.models import load_model
+from xai_companion.viz import as_picture
 
 COMMAND = Path(sys.executable).with_name("xai-companion")
 OWN = """
@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
     "A folder with two photographs, a name that is markup, and a file that is no image"
     folder = tmp_path_factory.mktemp("photos")
     cat, coffee = photos(160)[:2]
-    save_png(folder / "cat.png", cat)
-    save_png(folder / "<b>coffee.png", coffee)
+    as_picture(cat).save(folder / "cat.png")
+    as_picture(coffee).save(folder / "<b>coffee.png")
     (folder / "notes.txt").write_text("not an image")
     return folder
 
@@ -98,8 +98,8 @@ def place(tmp_path_factory):
     for kind in ("dark", "light"):
         (place / "pictures" / kind).mkdir(parents=True)
         for i in range(10):
-            save_png(place / "pictures" / kind / f"{i}.png", torch.rand(3, 24, 24, generator=generator) / 2 + (kind == "light") / 2)
-    save_png(place / "cat.png", photos(64)[0])
+            as_picture(torch.rand(3, 24, 24, generator=generator) / 2 + (kind == "light") / 2).save(place / "pictures" / kind / f"{i}.png")
+    as_picture(photos(64)[0]).save(place / "cat.png")
     (place / "notes.txt").write_text("not weights, not a folder")
     (place / "mine.py").write_text(OWN)
     (place / "broken.py").write_text("def make(:\n")

@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from xai_companion.commands.explain import save_png
 from xai_companion.core import settings
 from xai_companion.data.datasets import (
     DATASETS,
@@ -33,6 +32,7 @@ from xai_companion.data.inspection import decode_runs, stratified
 from xai_companion.data.items import ImageSet, Item, box_mask, resized
 from xai_companion.data.photos import load_image
 from xai_companion.data.readers import DataError, imagenet_wnids
+from xai_companion.viz import as_picture
 
 RANDOM = np.random.default_rng(0)
 WNIDS = ["n02123045", "n01443537", "n07920052"]  # not sorted, as in the official file
@@ -1069,7 +1069,7 @@ def test_the_fingerprint_says_the_size(tmp_path):
 @pytest.mark.parametrize("height, width", [(427, 640), (640, 427), (375, 500), (300, 300), (256, 341)])
 def test_a_photograph_and_an_item_are_cropped_alike(tmp_path, height, width):
     "As torchvision does it: the short side to 256, the long one in proportion and cut down to whole pixels, then the centre"
-    save_png(tmp_path / "a.png", torch.rand(3, height, width))
+    as_picture(torch.rand(3, height, width)).save(tmp_path / "a.png")
     image = load_image(tmp_path / "a.png", size=None)
     assert torch.equal(load_image(tmp_path / "a.png", 224), resized(Item("a", image, ()), 224, crop=True).image)
 

@@ -9,6 +9,7 @@ __all__ = ['SIZES', 'describe', 'model_fingerprint', 'seeded_order', 'Units', 'l
 # %% ../nbs/50_evaluate.ipynb #201d1bda
 import hashlib
 import inspect
+import math
 import os
 import re
 import time
@@ -187,7 +188,7 @@ def explain_units(explainer: Explainer,
     seconds = (_clock(units.images.device) - start) / len(maps)
     _check_finite(maps, explainer, units)
     values = measure(metrics, explainer.model, units.images, maps, units.target, units.masks, **options)
-    columns = {name: [None if v != v else float(f"{v:.7g}") for v in column.tolist()] for name, column in values.items()}
+    columns = {name: [None if math.isnan(v) else float(f"{v:.7g}") for v in column.tolist()] for name, column in values.items()}
     return [fact | {"seconds": seconds} | {name: column[i] for name, column in columns.items()} for i, fact in enumerate(units.facts)]
 
 def predictions(model: nn.Module, units: Units, score: str) -> list[dict]:

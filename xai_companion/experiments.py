@@ -266,7 +266,7 @@ def store_rows(frame: pd.DataFrame,  # from `run_rows`
     made = []
     for line in frame.to_dict("records"):
         for name in scores:
-            if name in line and line[name] == line[name]:
+            if pd.notna(line.get(name)):
                 entry = {"row": line["row"], "metric": SCORES[name].label, **config}
                 n = min((fewer or {}).get(name, len(lab.labels)), len(lab.labels))
                 made.append(record(entry, value=line[name], unit=SCORES[name].unit, n=n, seed=int(line["seed"]),

@@ -18,7 +18,7 @@ from PIL import Image
 
 # %% ../nbs/01b_gallery.ipynb #ef8a4220
 from .core import replacing
-from .viz import CMAP, check_photos, color_table, check_pair, one_each, method_label
+from .viz import CMAP, as_picture, check_photos, color_table, check_pair, one_each, method_label
 
 # %% ../nbs/01b_gallery.ipynb #0976b019
 def _uri(picture: Image.Image, kind: str, **options) -> str:
@@ -30,7 +30,7 @@ def _uri(picture: Image.Image, kind: str, **options) -> str:
 def _photo_uri(image: torch.Tensor  # (3, H, W) in [0, 1]
                ) -> str:
     "An image as JPEG, or as PNG when it is small enough for single pixels to matter"
-    picture = Image.fromarray((image.permute(1, 2, 0) * 255).round().byte().cpu().numpy())
+    picture = as_picture(image)
     return _uri(picture, "PNG") if max(picture.size) <= 64 else _uri(picture, "JPEG", quality=90)
 
 def _map_uri(unit: torch.Tensor  # (1, H, W) in [0, 1]

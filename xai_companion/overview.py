@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TITLES', 'PLACES', 'VERDICTS', 'SIDES', 'WORDS', 'SHADES', 'CAMS', 'TRAINED', 'CONTRAST', 'DRAWN', 'TWENTY', 'FIFTY',
            'WHOLE', 'HEADLINES', 'place', 'LinkedTable', 'unit_of', 'claims_overview', 'clarity', 'claim_details',
-           'settings_overview', 'plain_answer', 'claims_figure', 'headlines', 'not_run']
+           'settings_overview', 'plain_answer', 'claims_figure', 'Headline', 'headlines', 'not_run']
 
 # %% ../nbs/02b_overview.ipynb #68d45990
 import math
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -217,24 +218,32 @@ CAMS, TRAINED = ("Grad-CAM", "SISE"), ("Cross-entropy", "Random occlusion", "EDD
 CONTRAST = ("Cross-entropy", "SupCon", "SupCon, clean view", "ExCon", "ExConB")
 DRAWN, TWENTY = "plain CNN, creatures", "plain CNN, 20 classes of Tiny ImageNet"
 FIFTY, WHOLE = "ResNet-18, 50 classes of Tiny ImageNet", "ResNet-18, Tiny ImageNet at 64 pixels"
-HEADLINES = {  # table, metric, methods, what else is fixed, and where, unless the config names a testbed
-    "sise": (("quality_plain", "EBPG", CAMS, {}, None),
-             ("quality_tiny", "EBPG", CAMS, {}, None),
-             ("quality_tiny_resnet18", "EBPG", CAMS, {}, None),
-             ("quality_voc2007_resnet50", "EBPG", CAMS, {}, None),
-             ("quality_imagenet", "Drop", CAMS, {}, None)),
-    "ada_sise": (("quality_plain", "time", ("SISE", "Ada-SISE"), {}, None),),
-    "integrated_gradcam": (("quality_plain", "EBPG", ("Grad-CAM", "Integrated Grad-CAM"), {}, None),
-                           ("quality_tiny_resnet18", "EBPG", ("Grad-CAM", "Integrated Grad-CAM"), {}, None)),
-    "edda": tuple((table, metric, TRAINED, {"on": on}, where)
+class Headline(NamedTuple):
+    "A line of the front page: some methods on one metric"
+    table: str
+    metric: str
+    methods: tuple
+    fixed: dict = {}          # what else the config says
+    where: str | None = None  # network and data, unless the config names a testbed
+
+HEADLINES = {
+    "sise": (Headline("quality_plain", "EBPG", CAMS),
+             Headline("quality_tiny", "EBPG", CAMS),
+             Headline("quality_tiny_resnet18", "EBPG", CAMS),
+             Headline("quality_voc2007_resnet50", "EBPG", CAMS),
+             Headline("quality_imagenet", "Drop", CAMS)),
+    "ada_sise": (Headline("quality_plain", "time", ("SISE", "Ada-SISE")),),
+    "integrated_gradcam": (Headline("quality_plain", "EBPG", ("Grad-CAM", "Integrated Grad-CAM")),
+                           Headline("quality_tiny_resnet18", "EBPG", ("Grad-CAM", "Integrated Grad-CAM"))),
+    "edda": tuple(Headline(table, metric, TRAINED, {"on": on}, where)
                   for on, where in (("plain CNN", DRAWN), ("plain CNN, photographs", TWENTY), ("ResNet-18", FIFTY),
                                     ("cifar10, resnet18", "ResNet-18, CIFAR-10"))
                   for table, metric in (("place", "Accuracy"), ("faithful", "Drop"), ("faithful", "Drop, blur"))),
-    "excon": (("accuracy", "Accuracy", CONTRAST, {"data": "synthetic"}, DRAWN),
-              ("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet_20"}, TWENTY),
-              ("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet", "model": "resnet18"}, WHOLE),
-              ("accuracy", "Accuracy", CONTRAST, {"data": "cifar100", "model": "resnet50"}, "ResNet-50, CIFAR-100"),
-              ("shift", "ECE, 15 bins, severity 3", CONTRAST, {"data": "synthetic"}, DRAWN)),
+    "excon": (Headline("accuracy", "Accuracy", CONTRAST, {"data": "synthetic"}, DRAWN),
+              Headline("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet_20"}, TWENTY),
+              Headline("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet", "model": "resnet18"}, WHOLE),
+              Headline("accuracy", "Accuracy", CONTRAST, {"data": "cifar100", "model": "resnet50"}, "ResNet-50, CIFAR-100"),
+              Headline("shift", "ECE, 15 bins, severity 3", CONTRAST, {"data": "synthetic"}, DRAWN)),
 }
 
 def _counts(rows):
@@ -256,7 +265,7 @@ def headlines(paper: str  # sise, ada_sise, integrated_gradcam, edda or excon
                 names.append(f"{metric} ({r['unit']}), {r['config'].get('testbed', where)}")
                 lines.append({method: grid_cell(rows) for method, rows in found.items()} | {"n": _counts(list(found.values())), "profile": profile})
                 commands.setdefault(profile, {})[f"`{r['provenance']['command']}`"] = True
-    columns = [*dict.fromkeys(method for line in HEADLINES[paper] for method in line[2]), "n", "profile"]
+    columns = [*dict.fromkeys(method for line in HEADLINES[paper] for method in line.methods), "n", "profile"]
     table = LinkedTable([[line.get(c, "-") for c in columns] for line in lines], index=pd.Index(names, name="metric, data"), columns=columns)
     if commands:
         table.attrs["note"] = "; ".join(f"{profile}: {', '.join(own)}" for profile, own in commands.items())
@@ -265,7 +274,7 @@ def headlines(paper: str  # sise, ada_sise, integrated_gradcam, edda or excon
 # %% ../nbs/02b_overview.ipynb #5b1d9e02
 def not_run() -> pd.DataFrame:
     "The profiles of which nothing is stored, and the command of each"
-    stored = {profile for paper, lines in HEADLINES.items() for table, *_ in lines for profile in load(paper, table)}
+    stored = {profile for paper, lines in HEADLINES.items() for line in lines for profile in load(paper, line.table)}
     missing = [profile for profile in list(PROFILES)[1:] if profile not in stored]
     return LinkedTable({"command": [f"`xai-companion reproduce --profile {profile} --record`" for profile in missing]},
                        index=pd.Index(missing, name="profile not run yet"))

@@ -11,15 +11,16 @@ import base64
 import hashlib
 import html
 import io
+import math
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../nbs/59_report.ipynb #7d3e5c37
 from .core import replacing
+from .viz import as_picture
 
 # %% ../nbs/59_report.ipynb #fc1fba09
 class Markup(str):
@@ -73,7 +74,7 @@ def picture(image: Tensor,     # (3, H, W) in [0, 1]
     "An image element that holds its picture"
     shown = outlined(enlarged(image.detach().cpu()), None if mask is None else mask.cpu())
     file = io.BytesIO()
-    Image.fromarray((shown * 255).round().byte().permute(1, 2, 0).numpy()).save(file, "JPEG", quality=80, optimize=True)
+    as_picture(shown).save(file, "JPEG", quality=80, optimize=True)
     return tag(
         "img", src=data_uri(file.getvalue(), "image/jpeg"), alt=text, width=shown.shape[2], height=shown.shape[1]
     )
@@ -103,7 +104,7 @@ def percent(value: float | None,  # a fraction; None or NaN: not known
             digits: int = 1,      # behind the point
             ) -> str:
     "A fraction as text, with a space that does not break"
-    return "–" if value is None or value != value else f"{100 * value:.{digits}f}\u00a0%"
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}\u00a0%"
 
 def tile(label: str, value: str, *notes: str) -> Markup:
     "A number with its name, and small print below it"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLUE', 'SKY', 'RED', 'ORANGE', 'TEAL', 'PURPLE', 'NAVY', 'BLACK', 'PALETTE', 'METHODS', 'CMAP', 'LOOK',
            'method_label', 'method_color', 'method_style', 'check_photos', 'color_table', 'colorize', 'check_pair',
-           'overlay', 'PageFigure', 'PhotoFigure', 'subplots', 'one_each', 'show_images', 'show_maps', 'curves',
-           'reliability_diagram']
+           'as_picture', 'overlay', 'PageFigure', 'PhotoFigure', 'subplots', 'one_each', 'show_images', 'show_maps',
+           'curves', 'reliability_diagram']
 
 # %% ../nbs/01_viz.ipynb #5f3743ac
 import base64
@@ -148,6 +148,11 @@ def check_pair(images: torch.Tensor,  # (N, 1 or 3, H, W) in [0, 1]
         raise ValueError(f"{name} have shape {tuple(maps.shape)}, the images {tuple(images.shape)}: give one map per image, "
                          "resized to the image with torch.nn.functional.interpolate")
     return images, unit.to(images.device)
+
+def as_picture(image: torch.Tensor  # (3, H, W) in [0, 1]
+               ) -> Image.Image:
+    "An image for PIL"
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 def overlay(images: torch.Tensor,   # images (N, 1 or 3, H, W) in [0, 1]
             maps: torch.Tensor,     # maps (N, 1, H, W) in any units

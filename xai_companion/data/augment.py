@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRIES', 'GREY', 'ADJUSTMENTS', 'AUGMENTATIONS', 'random_crop', 'random_flip', 'crop_boxes', 'resized_crops',
-           'random_resized_crop', 'adjusted', 'color_jitter', 'random_grayscale', 'cutout', 'augmented']
+           'random_resized_crop', 'adjusted', 'color_jitter', 'random_grayscale', 'random_squares', 'cutout',
+           'augmented']
 
 # %% ../../nbs/21a_data.augment.ipynb #0f28d38c
 import torch
@@ -218,6 +219,19 @@ def random_grayscale(images: Tensor,              # uint8 or float (N, 3, H, W)
     return images.index_copy_(0, rows, _grey(images.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 # %% ../../nbs/21a_data.augment.ipynb #1d71bab0
+def random_squares(n: int,       # squares
+                   size: tuple,  # (H, W)
+                   side: int,    # in pixels
+                   generator: torch.Generator,  # on the CPU
+                   ) -> tuple[Tensor, Tensor]:  # bool (n, H) and (n, W), on the CPU
+    "Which rows and which columns a square around a random pixel covers; it is cut off at the edges"
+    inside = []
+    for length in size:
+        start = torch.randint(length, (n, 1), generator=generator) - side // 2
+        along = torch.arange(length)
+        inside.append((along >= start) & (along < start + side))
+    return tuple(inside)
+
 def cutout(images: Tensor,              # uint8 or float (N, C, H, W)
            side: int,                   # of the square in pixels
            generator: torch.Generator,  # on the CPU
@@ -227,12 +241,8 @@ def cutout(images: Tensor,              # uint8 or float (N, C, H, W)
     _check(images)
     if not isinstance(side, int) or side < 1 or not 0 <= fill <= 1:
         raise ValueError(f"side must be at least one pixel and fill must lie in [0, 1], got {side!r} and {fill!r}")
-    inside = []
-    for length in images.shape[2:]:
-        start = torch.randint(length, (len(images), 1), generator=generator) - side // 2
-        along = torch.arange(length)
-        inside.append(_sent((along >= start) & (along < start + side), images))
-    hole = (inside[0][:, None, :, None] & inside[1][:, None, None, :]).to(images.dtype)
+    rows, columns = (_sent(part, images) for part in random_squares(len(images), images.shape[2:], side, generator))
+    hole = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.dtype)
     images = images * (1 - hole)
     return images.add_(hole, alpha=round(255 * fill) if images.dtype == torch.uint8 else fill) if fill else images
 

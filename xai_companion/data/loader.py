@@ -9,6 +9,7 @@ __all__ = ['subseed', 'epoch_order', 'as_bytes', 'read_items', 'Resident', 'Stre
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from hashlib import sha256
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def as_bytes(image: Tensor,  # float, should lie in [0, 1]
              ) -> Tensor:    # uint8, same shape
     "An image in [0, 1] as bytes"
     low, high = span(image)
-    if low != low or high != high:
+    if isnan(low):
         raise ValueError(f"{name}: NaN in the pixels, remove or mend the image")
     if low < -1e-4 or high > 1 + 1e-4:
         raise ValueError(f"{name}: values from {low:.3g} to {high:.3g}, but images must lie in [0, 1], or be bytes "

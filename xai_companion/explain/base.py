@@ -8,6 +8,7 @@ __all__ = ['EXPLAINERS', 'DETACHED', 'check_images', 'option_names', 'with_optio
 
 # %% ../../nbs/10_explain.base.ipynb #26b1db66
 import inspect
+import math
 import re
 from contextlib import contextmanager
 
@@ -35,7 +36,7 @@ def check_images(images: Tensor,    # should be float (N, C, H, W) in [0, 1]
     if not images.is_floating_point():
         raise TypeError(f"images must be float in [0, 1], got {images.dtype}: divide by 255")
     low, high = span(images)
-    if low != low or high != high:
+    if math.isnan(low):
         raise ValueError("the images contain NaN")
     if low < -1e-4 or high > 1 + 1e-4:
         raise ValueError(f"images must lie in [0, 1], these span [{low:.3g}, {high:.3g}]: divide by 255, or leave the "

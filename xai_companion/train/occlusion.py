@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 # %% ../../nbs/40_train.occlusion.ipynb #19a3ae58
 from ..core import check_counts, span
+from ..data.augment import random_squares
 from ..explain import get_explainer
 from ..explain.base import with_options
 from ..hooks import find_layers, plain_module
@@ -139,12 +140,8 @@ def square_masks(n: int,                      # masks
                  ) -> Tensor:
     "One square per mask, cut off at the edges, bool (n, 1, H, W), on the CPU"
     check_counts(n=n, side=side)
-    inside = []
-    for length in size:
-        first = torch.randint(length, (n, 1), generator=generator) - side // 2
-        along = torch.arange(length)
-        inside.append((along >= first) & (along < first + side))
-    return inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    rows, columns = random_squares(n, size, side, generator)
+    return rows[:, None, :, None] & columns[:, None, None, :]
 
 # %% ../../nbs/40_train.occlusion.ipynb #2d6f4b90
 def _rows(index, cache):
