@@ -15,12 +15,14 @@ from PIL import Image
 from test_paper_profile import write_tiny
 
 from xai_companion.cli import main
-from xai_companion.commands.options import check_takes, names_in, parse_methods, parse_option
+from xai_companion.commands.explain import attribute_all, names_of, read_images, write_explanations
+from xai_companion.commands.options import check_takes, model_from, names_in, parse_methods, parse_option
 from xai_companion.commands.train import _config, _pair, _written
 from xai_companion.core import rank_and_world
-from xai_companion.data.photos import photos
+from xai_companion.data.photos import load_image, photos
+from xai_companion.explain import get_explainer
 from xai_companion.models import load_model
-from xai_companion.viz import as_picture
+from xai_companion.viz import as_picture, overlay
 
 COMMAND = Path(sys.executable).with_name("xai-companion")
 OWN = """
@@ -170,6 +172,7 @@ MISTAKES = {
     ],
     "audit plain_cnn synthetic": [
         ("--size 0", "size must be a whole number of at least 1, got 0"),
+        ("--n 0", "n must be a whole number of at least 1, got 0"),
         ("--batch 0", "batch must be a whole number of at least 1, got 0"),
         ("--size 4", "the model cannot take images of 4 x 4 pixels"),
         ("--out notes.txt/audit.html", "notes.txt is a file, so there can be no folder notes.txt: name another one with --out"),
@@ -330,7 +333,7 @@ def test_wrong_usage_and_version(capsys):
     ("train --sen 64", "xai-companion train: error: unknown argument --sen: did you mean '--seen' or '--set'"),
     ("train --no 64", "unknown argument --no: did you mean '--no-flip'?"), ("explain a --methods=sise", "did you mean '--method' or '--model'"),
     ("data list --rot x", "xai-companion data list: error: unknown argument --rot: did you mean '--root'?"),
-    ("bench now", "unknown argument now: xai-companion bench --help lists all")])
+    ("bench now", "unknown argument now: xai-companion bench --help lists all"), ("data list one two", "unknown argument one: ")])
 def test_options_are_written_in_full(capsys, words, answer):
     with pytest.raises(SystemExit) as stop:
         main(words.split())
@@ -411,3 +414,72 @@ def test_a_full_disk_names_the_file(folder, tmp_path, monkeypatch, capsys):
     assert main(["explain", str(folder / "cat.png"), "--size", "32", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
     assert "No space left on device" in (said := capsys.readouterr().err) and "index.html" in said
     assert not (tmp_path / "out" / "index.html").exists()
+
+
+# ------------------------------------------------------------------ what explain computes and writes
+
+
+def test_names_of_files_of_several_folders():
+    files = map(Path, ("a/cat.png", "b/cat.jpg", "c/cat-2.png", "d/cat.gif", "dog.png"))
+    assert names_of(files) == ["cat", "cat-2", "cat-2-2", "cat-3", "dog"]
+
+
+@pytest.mark.parametrize("target", [None, 4])
+def test_maps_classes_and_probabilities(tmp_path, target):
+    "By batches as all at once; what is written is what was computed"
+    model, images = load_model("plain_cnn"), photos(64)
+    explainers = {name: get_explainer(name)(model) for name in ("gradcam", "saliency")}
+    maps, classes, scores = attribute_all(explainers, images, target, torch.device("cpu"), batch=3)
+    probabilities = model(images).softmax(1)
+    assert classes.tolist() == (probabilities.argmax(1).tolist() if target is None else [4] * 4)
+    assert torch.allclose(scores, probabilities[range(4), classes], atol=1e-5)
+    for name, explainer in explainers.items():
+        assert torch.allclose(maps[name], explainer.attribute(images, classes), atol=1e-4)
+    files, captions = write_explanations(tmp_path / "new", [*"abcd"], images, maps, classes, scores, model.classes)
+    assert [file.name for file in files] == [f"{x}.{name}.png" for name in explainers for x in "abcd"] + ["maps.npz", "index.html"]
+    assert captions == [f"{model.classes[c]}, {p:.1%}" for c, p in zip(classes, scores.tolist(), strict=True)]
+    with np.load(tmp_path / "new" / "maps.npz") as stored:
+        assert stored["names"].tolist() == [*"abcd"] and stored["target"].tolist() == classes.tolist()
+        assert stored["probability"].tolist() == scores.tolist()
+        assert all((stored[name] == maps[name].numpy()).all() for name in explainers)
+    picture = np.asarray(Image.open(tmp_path / "new" / "c.saliency.png"))
+    assert np.abs(picture - overlay(images, maps["saliency"])[2].permute(1, 2, 0).numpy() * 255).max() <= 0.51
+    assert write_explanations(tmp_path, [*"abcd"], images, maps, classes, scores, None)[1][0].startswith(f"class {classes[0]}, ")
+
+
+def test_the_centre_of_an_image_is_explained(place):
+    good, images, errors = read_images([place / "cat.png", place / "notes.txt", place / "pictures" / "dark" / "0.png"], 32)
+    assert [path.name for path in good] == ["cat.png", "0.png"] and len(errors) == 1 and "notes.txt" in str(errors[0])
+    assert all(torch.equal(image, load_image(path, 32, crop=True)) for path, image in zip(good, images, strict=True))
+
+
+def test_a_model_of_ones_own_leaves_the_path_of_modules(place, monkeypatch):
+    monkeypatch.chdir(place)
+    before = list(sys.path)
+    assert not model_from("mine:make").training and sys.path == before
+    with pytest.raises(ValueError, match="names no function"):
+        model_from("mine:nothing")
+    assert sys.path == before
+
+
+def test_models_that_cannot_be_asked():
+    with pytest.raises(TypeError, match=r"computes in torch.float64.*give it back with .float\(\)"):
+        check_takes(load_model("plain_cnn").double(), (64, 64))
+    grey = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 2))
+    with pytest.raises(ValueError, match="takes images with 1 channels, and the commands read images with 3: put a module in front"):
+        check_takes(grey, (8, 8))
+
+
+def test_what_reproduce_and_bench_are_told(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
+    monkeypatch.setattr("xai_companion.reproduce.reproduce", lambda *told: asked.append((os.environ["XAI_COMPANION_PROFILE"], *told)) or 75)
+    monkeypatch.setattr("xai_companion.bench.bench", lambda record: asked.append(record) or 1)
+    assert main(["reproduce"]) == main(["reproduce", "sise", "edda", "--profile", "smoke", "--record", "--minutes", "0", "--check"]) == 75
+    assert main(["bench"]) == main(["bench", "--record"]) == 1
+    assert asked == [("cpu", None, False, None, False), ("smoke", ["sise", "edda"], True, 0.0, True), False, True]
+
+    def interrupted(*told):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("xai_companion.reproduce.reproduce", interrupted)
+    assert main(["reproduce"]) == 130 and capsys.readouterr().err == "interrupted\n"

@@ -291,6 +291,7 @@ class TestCifarC:
             CIFAR10C(tmp_path, "fog")
 
     @pytest.mark.parametrize("labels, words", [(np.arange(20) % 5, "repeat"), (np.tile([0, 1, 2, 10], 5), r"from .0.* to .10"),
+                                               (np.tile([0, 1, 2, -1], 5), r"from .-1.* to .2"),
                                                (np.tile([0, 1, 2], 5), r"labels \(15,\)"), (np.zeros((20, 2), int), r"labels \(20, 2\)"), (np.array(3), r"labels \(1,\)")])
     def test_wrong_labels(self, tmp_path, labels, words):
         write_cifar_c(tmp_path, labels=labels)
@@ -368,3 +369,30 @@ class TestTinyImageNetC:
         (place / wnids[3] / "test_0.JPEG").unlink()
         with pytest.raises(FileNotFoundError, match=wnids[3]):
             TinyImageNetC(tmp_path, "fog", 1)
+
+
+# ---- by hand -----------------------------------------------------------------------------------------------------
+@needs_shift
+def test_the_noise_of_an_image_by_hand():
+    "Its numbers come from the seed, the number of the image, the corruption and the severity"
+    images = torch.randint(256, (2, 3, 32, 33), generator=torch.Generator().manual_seed(0)).byte()
+    made = corrupt(images, "gaussian_noise", 2, seed=5, indices=[7, 3])
+    for image, noisy, index in zip(images, made, (7, 3), strict=True):
+        random_ = np.random.RandomState(np.random.SeedSequence((5, index, 0, 2)).generate_state(1).item())
+        pixels = image.permute(1, 2, 0).numpy() / 255
+        expected = np.clip(pixels + random_.normal(size=pixels.shape, scale=0.12), 0, 1) * 255
+        assert np.abs(noisy.permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+@needs_shift
+def test_a_corrupted_set_has_its_seed_and_moves_the_boxes(tmp_path):
+    clean = (torch.stack([item.image for item in Pictures()]) * 255).round().byte()
+    for seed in (0, 3):
+        assert torch.equal(CorruptedSet(Pictures(), "gaussian_noise", 2, seed=seed, root=tmp_path).pixels, corrupt(clean, "gaussian_noise", 2, seed))
+    small = CorruptedSet(Pictures(), "contrast", size=32, root=tmp_path)
+    assert torch.allclose(small[4].boxes, torch.tensor([[2 * 32 / 40, 3 * 32 / 36, 20 * 32 / 40, 30 * 32 / 36]]))
+    empty = Pictures()
+    empty.sizes = []
+    empty.__class__ = type("Empty", (Pictures,), {"__len__": lambda self: 0})
+    with pytest.raises(ValueError, match="has no images, so nothing can be kept"):
+        CorruptedSet(empty, "fog", root=tmp_path)

@@ -502,3 +502,42 @@ def test_one_image_is_enough():
 def test_options_with_several_values_are_lists():
     assert describe(EXPLAINERS["extremal"](torch.nn.Conv2d(3, 1, 1), areas=(0.1, 0.2)))["areas"] == [0.1, 0.2]
     assert _plain((1, torch.zeros(2))) == [1, _plain(torch.zeros(2))] != [1, _plain(torch.ones(2))]
+
+
+def test_what_another_process_has_written_meanwhile_is_known(tmp_path):
+    config = {"explainer": {"method": "own[1]"}}
+    first, second = (Ledger(tmp_path, config, rank) for rank in (0, 1))
+    with writing(second):
+        second.add("b", [{"x": 1}], 2.0)
+    with writing(first):
+        assert list(first.done) == ["b"]
+        first.add("a", [], 1.5)
+    assert set(Ledger(tmp_path, config).done) == {"a", "b"} and Ledger(tmp_path, config).seconds == 3.5 and first.own != second.own
+    assert json.loads((tmp_path / f"{first.stem.name}.json").read_text()) == config
+
+
+def test_every_setting_has_a_file_of_its_own(tmp_path):
+    assert len({Ledger(tmp_path, {"explainer": {"method": "rise"}, "seed": seed}).own for seed in range(500)}) == 500
+
+
+def test_what_the_command_passes_on(tmp_path, monkeypatch, capsys):
+    class Asked(Exception):
+        pass
+
+    def asked(explainers, data, metrics, **options):
+        raise Asked(list(explainers), data.split, metrics, options | {"kept": (tmp_path / "batches" / "old").exists()})
+    monkeypatch.setattr("xai_companion.evaluate.evaluate", asked)
+    (tmp_path / "batches").mkdir()
+    (tmp_path / "batches" / "old").touch()
+    words, usual = ("evaluate", "--model", "plain_cnn", "--device", "cpu", "--out", str(tmp_path)), {"folder": tmp_path / "batches", "device": "cpu"}
+    for more, wanted in (
+            ((), (["gradcam", "sise"], "val", ["ebpg", "miou", "bbox", "drop", "increase"],
+                  usual | dict(n=None, seed=0, size=None, batch=8, budget=None, score="softmax", kept=True))),
+            (("--split", "test", "--methods", "rise:n_masks=9", "--metrics", "drop", "--n", 3, "--seed", 4, "--size", 48, "--batch", 5,
+              "--budget", 2.5, "--score", "logit", "--fresh"),
+             (["rise:n_masks=9"], "test", ["drop"], usual | dict(n=3, seed=4, size=48, batch=5, budget=2.5, score="logit", kept=False)))):
+        with pytest.raises(Asked) as found:
+            main([*words, *map(str, more)])
+        assert found.value.args == wanted
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*words, "--fresh"]) == 2 and "--fresh deletes what other processes may be writing" in capsys.readouterr().err

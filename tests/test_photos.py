@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from xai_companion.data.items import Item, resized
 from xai_companion.data.photos import PHOTO_NAMES, image_paths, load_image, load_images, photos
 
 
@@ -52,7 +53,7 @@ def test_sixteen_bits_keep_their_precision(tmp_path):
 
 
 def test_float_images_must_lie_in_range(tmp_path):
-    for values, good in (([0.0, 1.0], True), ([0.0, 2.0], False), ([0.0, np.nan], False)):
+    for values, good in (([0.0, 1.0], True), ([0.0, 2.0], False), ([0.0, np.nan], False), ([-0.5, 1.0], False)):
         Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tif")
         if good:
             assert load_image(tmp_path / "a.tif", size=None)[0].tolist() == [values]
@@ -74,7 +75,7 @@ def test_exif_orientation(tmp_path, orientation):
     assert torch.equal(upright, undo[orientation](stored))
 
 
-@pytest.mark.parametrize("height, width", [(300, 451), (451, 300), (100, 100), (20, 33)])
+@pytest.mark.parametrize("height, width", [(300, 451), (451, 300), (100, 100), (20, 33), (256, 259)])
 def test_crop_is_the_usual_evaluation_transform(tmp_path, height, width):
     smooth = noise(8, 8).resize((width, height), Image.Resampling.BICUBIC)
     smooth.save(tmp_path / "a.png")
@@ -169,3 +170,28 @@ def test_photos_need_no_network(monkeypatch):
     red, green, blue = images.mean((2, 3))[PHOTO_NAMES.index("rocket")]
     assert blue > green > red                                   # the evening sky
     assert len({round(float(m), 3) for m in images.mean((1, 2, 3))}) == 4
+
+
+def test_the_usual_size_of_a_network(tmp_path):
+    noise().save(tmp_path / "a.png")
+    whole = load_image(tmp_path / "a.png", None)
+    assert torch.equal(load_image(tmp_path / "a.png"), resized(Item("", whole, ()), 224, crop=True).image)
+    assert torch.equal(load_images(tmp_path)[0], load_image(tmp_path / "a.png"))
+    assert torch.equal(load_images(tmp_path, 16, crop=False)[0], resized(Item("", whole, ()), 16).image)
+
+
+def test_a_folder_that_is_called_like_an_image(tmp_path):
+    (tmp_path / "cats.png").mkdir()
+    noise().save(tmp_path / "cats.png" / "a.png")
+    assert image_paths(tmp_path) == [tmp_path / "cats.png" / "a.png"]
+
+
+def test_photos_are_squares_of_those_of_scikit_image(monkeypatch):
+    from skimage import data
+    for name, stored, left, top, side in (("cat", data.chelsea(), 90, 0, 300), ("coffee", data.coffee(), 70, 0, 400),
+                                          ("rocket", data.rocket(), 190, 100, 260), ("astronaut", data.astronaut(), 0, 0, 512)):
+        square = torch.tensor(stored[top:top + side, left:left + side]).permute(2, 0, 1) / 255
+        assert (photos(side)[PHOTO_NAMES.index(name)] - square).abs().max() < 1e-4
+    for profile, side in (("smoke", 64), ("quick", 224)):
+        monkeypatch.setenv("XAI_COMPANION_PROFILE", profile)
+        assert photos().shape == (4, 3, side, side)

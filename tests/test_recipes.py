@@ -20,7 +20,7 @@ from xai_companion.hooks import classifier_of
 from xai_companion.models import load_model
 from xai_companion.train import RECIPES, Batch, Config, Moment, fit, get_recipe
 from xai_companion.train.files import COLUMNS
-from xai_companion.train.loop import make_run
+from xai_companion.train.loop import learning_rate, make_run
 from xai_companion.train.losses import collapsed_value, supcon_loss
 from xai_companion.train.processes import average_gradients
 from xai_companion.train.published import PUBLISHED
@@ -570,3 +570,59 @@ def test_projection_has_a_dimension():
     for wrong in (0, 2.5, True):
         with pytest.raises(ValueError, match="dim must be a whole number of at least 1"):
             get_recipe("supcon")(config("supcon", options={"dim": wrong}))
+
+
+def test_each_part_of_an_epoch_has_its_own_order_rate_and_progress():
+    settings = config("supcon", options={"classifier_lr": 0.007})
+    run = make_run(settings, toy(), toy(12, seed=1), net(), None, torch.device("cpu"))
+    views, seen = run.recipe.views, {"encoder": [], "classifier": []}
+
+    def watched(model, batch, moment, generator):
+        seen[moment.part].append((moment.epoch, moment.progress, batch.index.tolist(), run.optimizers[moment.part].param_groups[0]["lr"]))
+        return views(model, batch, moment, generator)
+    run.recipe.views = watched
+    for _ in range(run.steps):
+        run.step()
+        if run.ends_pass:
+            run.close()
+    for part, peak in (("encoder", settings.lr), ("classifier", 0.007)):
+        epochs, progress, indices, rates = zip(*seen[part], strict=True)
+        assert epochs == (0, 0, 0, 1, 1, 1) and progress == pytest.approx([i / 6 for i in range(6)])
+        assert rates == pytest.approx([learning_rate(i, 6, peak, settings.warmup) for i in range(6)])
+        assert all(sorted(sum(indices[i:i + 3], [])) == list(range(48)) for i in (0, 3))
+    encoder, classifier = (sum((index for _, _, index, _ in seen[part][:3]), []) for part in seen)
+    assert encoder == epoch_order(48, settings.seed, 0).tolist() != classifier
+    assert [row["val_accuracy"] is None for row in run.log] == [True, False] * 2
+
+
+def test_the_head_is_drawn_by_the_seed_alone():
+    heads = []
+    for seed, state in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(state)
+        heads.append(make_run(config("supcon", seed=seed), toy(), None, net(), None, torch.device("cpu")).recipe.head)
+    assert same(heads[0], heads[1]) and not same(heads[0], heads[2])
+
+
+CONTRAST = dict(model="resnet50", epochs=200, optimizer="sgd_classical", lr=0.5, weight_decay=1e-4, warmup=0.05, dtype="bfloat16", flip=True)
+OCCLUSION = dict(epochs=200, batch=128, optimizer="sgd", weight_decay=5e-4, warmup=0.05, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name, wanted, hours", [
+    ("excon_cifar100", CONTRAST | dict(size=32, batch=256, options={"layers": "layer2.3.conv3", "start": 0.25}), 7),
+    ("supcon_cifar100", CONTRAST | dict(size=32, batch=256, options={}), 4), ("ce_cifar100", CONTRAST | dict(options={}), 2),
+    ("exconb_tiny_imagenet", CONTRAST | dict(size=64, batch=128, options={"classifier_views": "none", "layers": "layer4.2.conv3", "start": 0.0}), 40),
+    ("supcon_tiny_imagenet", CONTRAST | dict(options={"classifier_views": "none"}), 24),
+    ("ce_tiny_imagenet", CONTRAST | dict(size=64, options={}), 12),
+    ("edda_vgg16_bn_cifar10", OCCLUSION | dict(model="vgg16_bn", size=32, lr=0.05, flip=True, options={"layers": "features.32"}), 2),
+    ("ce_vgg16_bn_svhn", OCCLUSION | dict(size=32, lr=0.05, flip=False, options={}), 0.5),
+    ("random_occlusion_resnet50_cifar100", OCCLUSION | dict(size=32, lr=0.1, flip=True, options={}), 6),
+    ("cutout_resnet18_tiny_imagenet", OCCLUSION | dict(size=64, lr=0.1, flip=True, options={}), 4),
+])
+def test_schedules_of_the_papers(name, wanted, hours):
+    entry = PUBLISHED[name]
+    assert {key: getattr(entry.config, key) for key in wanted} == wanted and entry.gpu_hours == hours
+    assert entry.smoke.options == {key: value for key, value in entry.config.options.items() if key != "layers"}
+    assert (entry.smoke.model, entry.smoke.epochs, entry.smoke.batch) == ("residual_cnn", 1, 8)
+    test = "" if "tiny_imagenet" in name else " --test"  # the test images of Tiny ImageNet have no public labels
+    assert entry.command(name) == f"xai-companion train --config {name} --device cuda{test}"
+    assert entry.command(name, 2) == f"torchrun --standalone --nproc-per-node 2 --no-python -- {entry.command(name)}"

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 
 from xai_companion import notebooks as module
 from xai_companion.cli import main
 from xai_companion.notebooks import KEEP_MEMORY, choose, find_papers, paper_name, run_notebook
 from xai_companion.records import record
-from xai_companion.reproduce import reproduce
+from xai_companion.reproduce import MATHJAX, Outcome, _claims, _mathjax, _page, _run_all, reproduce
+from xai_companion.steps import TIME_BOX, OutOfTime, Step, out_of_time, plan, read_plan, take_steps
 
 ROOT = Path(__file__).parents[1]
 RECORD = """from xai_companion.results import record, save, show
@@ -282,3 +286,130 @@ def test_records_of_another_computer(clone, capsys):
     assert main(["reproduce", "--merge", "nowhere"]) == 2 and "no records in nowhere" in capsys.readouterr().err
     (clone / "theirs/sise/more.gpu.json").write_text("[{}]")
     assert main(["reproduce", "--merge", "theirs"]) == 2 and "sise/more.gpu.json is damaged" in capsys.readouterr().err
+
+
+def test_a_plan_by_hand():
+    steps = [Step("a", 59.9, print), Step("b", 5, print, lambda: True), Step("c, the last", 3605, print)]
+    said = "plan: 2 of 3 steps left, about 61:04 min (estimated)\nplan:     0:59  a\nplan:    60:05  c, the last"
+    assert plan(steps) == said and read_plan(f"words\n{said}\nplan: words\n") == [(59, "a"), (3605, "c, the last")]
+    assert out_of_time("cell [3]: OutOfTime: the next step: none") == "the next step: none" and not out_of_time("cell [3]: ValueError: OutOfTime")
+
+
+def test_what_is_done_in_a_time_box(monkeypatch, capsys):
+    ran, stored = [], []
+    steps = [Step(name, seconds, partial(ran.append, name), lambda name=name: name in ran) for name, seconds in (("a", 5), ("b", 100), ("c", 101))]
+
+    def take(until):
+        monkeypatch.setenv(TIME_BOX, str(until))
+        take_steps(steps, lambda: stored.append(list(ran)))
+    monkeypatch.setattr("xai_companion.steps.time.time", lambda: 1000.0)
+    monkeypatch.delenv(TIME_BOX, raising=False)
+    take_steps(steps)
+    assert not ran and not capsys.readouterr().out  # elsewhere the work is done where it is asked for
+    with pytest.raises(OutOfTime, match="the plan only"):
+        take(0)
+    assert not ran and not stored and capsys.readouterr().out == plan(steps) + "\n"
+    ran.append("a")
+    for until, left in ((1100, "1:40"), (900, "0:00")):
+        with pytest.raises(OutOfTime, match=f"the next step, c, takes about 1:41 min and {left} are left"):
+            take(until)
+        assert ran == ["a", "b"] and stored.pop() == ["a", "b"] and not stored
+    said = capsys.readouterr().out
+    assert said.count("step: 2 of 3, b ...") == 1 and "step: 1 of 3" not in said
+    take("inf")
+    assert ran == ["a", "b", "c"] and not stored and "step: 3 of 3 took 0:00 min" in capsys.readouterr().out
+
+
+@pytest.fixture
+def pretend(clone, monkeypatch):
+    "Notebooks that are not run: how they went, given as (error, answers, steps), and what was to be run with which environment"
+    for name in ("01_sise", "02_ada_sise", "04_edda"):
+        write(clone, f"{name}.ipynb", "pass")
+    asked = []
+
+    def run(*ended, **options):
+        outcomes = [Outcome("sise", Path("01_sise.ipynb"), 1.0, error, {"demo": pd.DataFrame({"agrees": answers})} if answers else {}, steps)
+                    for error, answers, steps in ended or [("", [], 0)]]
+        monkeypatch.setattr("xai_companion.reproduce._run_all",
+                            lambda notebooks, now, env: asked.append(([*map(paper_name, notebooks)], env)) or outcomes)
+        return reproduce(**options)
+    return run, asked
+
+
+@pytest.mark.parametrize("ended, options, status, words", [
+    ([("", ["yes", "-"], 0)], {"check": True}, 0, "1 agree with the stored records, 0 do not, 1 have nothing"),
+    ([("", ["yes", "NO"], 0)], {"check": True}, 1, "Does not agree: sise / demo: 1\n"),
+    ([("", ["yes", "NO"], 0)], {}, 0, "1 of 1 notebooks ran to the end\n"),
+    ([("", [], 0), ("cell [2]: <NameError>", [], 0)], {}, 1, "1 of 2 notebooks ran to the end; failed: 01_sise\n"),
+    ([("", [], 3), ("cell [2]: OutOfTime: the next step", [], 0)], {"minutes": 9}, 75, "1 of 2 notebooks ran to the end\n"),
+    ([("", [], 0), ("cell [2]: OutOfTime: the next step", [], 0)], {"minutes": 9}, 1, "No step fits: give more than --minutes 9\n"),
+])
+def test_how_a_run_ends(pretend, clone, capsys, ended, options, status, words):
+    run, _ = pretend
+    assert run(*ended, **options) == status and words in capsys.readouterr().out
+    index = (clone / "reports" / "index.html").read_text()
+    assert index.count("class='bad'") == sum(bool(error) for error, _, _ in ended) and "<NameError>" not in index
+
+
+def test_what_is_run_and_with_which_environment(pretend, monkeypatch):
+    run, asked = pretend
+    monkeypatch.setenv("XAI_COMPANION_RECORD", "1")  # left over in the shell: only --record stores
+    monkeypatch.setenv(TIME_BOX, "0")
+    monkeypatch.setattr("xai_companion.reproduce.time.time", lambda: 1000.0)
+    monkeypatch.setattr("xai_companion.reproduce.pick_device", lambda name: "cpu")
+    for options in ({}, {"check": True}, {"check": True, "papers": ["sise"]}, {"record": True, "papers": ["edda"], "minutes": 2}):
+        run(**options)
+    for profile in ("gpu", "paper", "cpu"):
+        monkeypatch.setenv("XAI_COMPANION_PROFILE", profile)
+        run(papers=["sise"])
+    names, environments = zip(*asked, strict=True)
+    assert [sorted(some) for some in names] == [["ada_sise", "edda", "sise"], ["ada_sise", "edda"], ["sise"], ["edda"], *[["sise"]] * 3]
+    assert [env.get(TIME_BOX) for env in environments] == [None, None, None, "1120.0", "inf", "inf", None]
+    assert [env.get("XAI_COMPANION_RECORD") for env in environments] == [None, None, None, "1", None, None, None]
+    commands = [env["XAI_COMPANION_COMMAND"].removeprefix("xai-companion reproduce") for env in environments]
+    assert commands == ["", "", " sise", " edda --record", " sise --profile gpu", " sise --profile paper", " sise --profile cpu"]
+
+
+def test_links_of_a_page(clone):
+    "To another page that is run too, and to a notebook elsewhere as seen from the report; formulas in text need MathJax"
+    file, reports = write(clone, "01_sise.ipynb", "price = '$'"), clone / "reports"
+    reports.mkdir()
+    executed = nbformat.read(file, 4)
+    executed.cells.append(nbformat.v4.new_markdown_cell("[a](02_ada_sise.ipynb#Methods) [b](../00_core.ipynb) [c](https://x.org/d.ipynb)"))
+    page = _page(executed, file, reports)
+    assert 'href="02_ada_sise.html#Methods"' in page and 'href="../nbs/00_core.ipynb"' in page and 'href="https://x.org/d.ipynb"' in page
+    assert "window.MathJax" not in page and "<script" not in page.partition("</head>")[0]
+    executed.cells[1].source = "$x$"
+    assert "window.MathJax" in _page(executed, file, reports).partition("</head>")[0]
+
+
+def test_where_formulas_come_from(tmp_path, monkeypatch):
+    "From the package that carries MathJax, as a copy beside the report; without it from the network"
+    file = tmp_path / "package" / "static" / "mathjax" / "tex-svg-full.js"
+    file.parent.mkdir(parents=True)
+    file.write_text("formulas")
+    for spec, address in ((None, MATHJAX), (SimpleNamespace(origin=str(tmp_path / "package" / "__init__.py")), "mathjax.js")):
+        monkeypatch.setattr("xai_companion.reproduce.importlib.util.find_spec", lambda name, spec=spec: spec)
+        assert _mathjax(tmp_path) == address and (tmp_path / "mathjax.js").exists() == (spec is not None)
+    assert (tmp_path / "mathjax.js").read_text() == "formulas"
+
+
+def test_claims_are_shown_when_one_was_tested(tmp_path, monkeypatch):
+    for now, stored, shown in (("not tested", "not tested", False), ("agrees", "not tested", True), ("not tested", "agrees", True)):
+        def overview(root=None, now=now, stored=stored):
+            return pd.DataFrame({"verdict": [stored if root is None else now], "what the paper claims": ["text"]}, index=["a"])
+        monkeypatch.setattr("xai_companion.reproduce.claims_overview", overview)
+        found = _claims(tmp_path)
+        assert (found is not None) == shown and (not shown or found.loc["a"].tolist() == [now, stored, "text"])
+
+
+def test_no_page_is_begun_when_the_time_is_over_or_without_the_device(pretend, clone, monkeypatch):
+    ended = iter(["cell [1]: ValueError", "", "cell [2]: OutOfTime: the next step", ""])
+    with monkeypatch.context() as changed:
+        changed.setattr("xai_companion.reproduce._run_one", lambda notebook, now, env: Outcome("sise", notebook, error=next(ended)))
+        assert len(_run_all([Path(f"{name}.ipynb") for name in "abcd"], None, {})) == 3
+    run, asked = pretend
+    monkeypatch.setenv("XAI_COMPANION_DEVICE", "cuda:99")
+    with pytest.raises(RuntimeError, match="cuda:99"):
+        run()
+    assert not asked and not (clone / "reports").exists()

@@ -293,3 +293,31 @@ def test_the_gpu_draws_the_same():
     assert (here.image - there.image.cpu()).abs().max() < 1e-5
     for name in ("object", "part", "distractor"):
         assert (getattr(here, name) != getattr(there, name).cpu()).float().mean() < 1e-4
+
+
+def test_neighbours_are_no_siblings():
+    "In a block of twenty the classes follow each other in steps that no sibling takes and that visit all of them"
+    blocks = classes_of(torch.arange(20 * 500)).view(500, 20)
+    steps = (blocks[:, 1:] - blocks[:, :-1]) % 20
+    assert (steps == steps[:, :1]).all() and set(steps[:, 0].tolist()) == {3, 7, 9, 11, 13, 17}
+
+
+def test_portraits_of_siblings_have_the_same_colours():
+    pairs = portraits(64).view(10, 2, 6, 64, 64)
+    elsewhere = (pairs[:, :, 4] == 0).all(1)[:, None].expand(-1, 6, -1, -1)
+    assert torch.equal(pairs[:, 0][elsewhere], pairs[:, 1][elsewhere])
+
+
+def test_other_classes_in_the_scenes_leave_the_backgrounds():
+    "Also where the background belongs to the class: to the one of the scene, not to the one that is drawn into it"
+    index = torch.arange(20)
+    own = classes_of(index)
+    one, two = (creatures(index, 32, shortcut=1.0, label=label) for label in (own, own ^ 1))
+    near = F.max_pool2d((one.part | two.part).float(), 3, 1, 1) > 0
+    change = (one.image - two.image).abs().amax(1, keepdim=True)
+    assert same(one, creatures(index, 32, shortcut=1.0)) and change[near].square().sum() > 0.99 * change.square().sum()
+
+
+def test_the_set_is_drawn_with_its_shortcut():
+    tied, free = Synthetic("train", n=20, size=32, shortcut=1.0), Synthetic("train", n=20, size=32)
+    assert same(tied.batch(range(20)), creatures(range(20), 32, shortcut=1.0)) and not same(tied.batch(range(20)), free.batch(range(20)))

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from xai_companion.data.datasets import load_dataset
+from xai_companion.data.loader import epoch_order
 from xai_companion.data.synthetic import Synthetic
 from xai_companion.explain.contract import generators
 from xai_companion.models import conv_blocks, load_model
@@ -41,7 +42,7 @@ from xai_companion.train import (
     to_tensors,
 )
 from xai_companion.train.checkpoint import save_run, save_weights
-from xai_companion.train.files import COLUMNS, alone, write_whole
+from xai_companion.train.files import COLUMNS, alone, write_log, write_whole
 from xai_companion.train.loop import make_run
 from xai_companion.train.recipes import CrossEntropy, Views
 
@@ -915,3 +916,227 @@ def test_workers_read_sets_and_not_tensors():
     images, labels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 2
     with pytest.raises(ValueError, match="tensors are in memory already"):
         fit(Config(model="plain_cnn", size=16, epochs=1, batch=4), (images, labels), workers=2)
+
+
+# ------------------------------------------------------------------ the loop by hand
+
+
+def test_the_schedule_rounds_its_warm_up():
+    assert [loop.learning_rate(t, 19, 1.0, 0.1) for t in range(3)] == pytest.approx([0.5, 1.0, 1.0])  # of 1.9 steps
+
+
+def test_passes_by_hand():
+    "Five steps of two parts where an epoch has two: the last epoch has one"
+    found = [(p.part, p.epoch, p.first, p.stop) for p in loop.plan_passes(("a", "b"), 5, 2)]
+    assert found == [("a", 0, 0, 2), ("b", 0, 2, 4), ("a", 1, 4, 6), ("b", 1, 6, 8), ("a", 2, 8, 9), ("b", 2, 9, 10)]
+    staged = [(p.part, p.epoch, p.first, p.stop) for p in loop.plan_passes(("a", "b"), 5, 2, staged=True)]
+    assert staged == [("a", 0, 0, 2), ("a", 1, 2, 4), ("a", 2, 4, 5), ("b", 0, 5, 7), ("b", 1, 7, 9), ("b", 2, 9, 10)]
+
+
+@pytest.mark.parametrize("name, kind, momentum, nesterov", [
+    ("sgd", "SGD", 0.9, True), ("sgd_classical", "SGD", 0.9, False), ("adamw", "AdamW", None, None)])
+def test_the_optimizers(name, kind, momentum, nesterov):
+    made = loop.make_optimizer([nn.Parameter(torch.zeros(1))], replace(BASE, optimizer=name, lr=0.3, weight_decay=0.02))
+    [group] = made.param_groups
+    assert type(made).__name__ == kind and (group["lr"], group["weight_decay"]) == (0.3, 0.02)
+    assert (group.get("momentum"), group.get("nesterov")) == (momentum, nesterov)
+
+
+def test_the_log_of_a_network_that_stands_still(monkeypatch):
+    "Means over the images of an epoch; of 43 images five batches of 8 are taken, and of the third epoch three"
+    monkeypatch.setattr("xai_companion.train.recipes.RECIPES", dict(RECIPES))
+
+    class Still(Recipe, name="still"):
+        "No augmentation, and the mean of the labels as a note"
+        notes = ("mean label",)
+
+        def views(self, model, batch, moment, generator):
+            return Views(batch.images.float() / 255, batch.labels, notes=(batch.labels.float().mean(),))
+
+        def loss(self, model, views, moment):
+            logits = model(views.images)
+            return F.cross_entropy(logits, views.labels), logits
+    (images, labels), model = toy(43), nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    run = fit(replace(BASE, recipe="still", seen=100, lr=1e-12, weight_decay=0.0), (images, labels), model=model)
+    assert run.per_epoch == 5 and [row["step"] for row in run.log] == [5, 10, 13]
+    for epoch, (row, count) in enumerate(zip(run.log, (40, 40, 24), strict=True)):
+        some = epoch_order(43, BASE.seed, epoch)[:count]
+        logits = model(images[some].float() / 255)
+        assert row["loss"] == pytest.approx(F.cross_entropy(logits, labels[some]).item(), rel=1e-4) and row["epoch"] == epoch + 1
+        assert row["accuracy"] == pytest.approx((logits.argmax(1) == labels[some]).float().mean().item(), abs=1e-6)
+        assert row["mean label"] == pytest.approx(labels[some].float().mean().item(), abs=1e-6)
+
+
+# ------------------------------------------------------------------ what is written, by hand
+
+
+def test_what_is_stored_beside_the_weights(tmp_path):
+    model = small_net()
+    model.mean, model.std, model.classes = torch.tensor([0.5, 0.25, 0.125]).view(3, 1, 1), torch.ones(3), ["a", "b", "c"]
+    run = fit(replace(BASE, epochs=2), toy(), toy(30, seed=1), model=model, folder=tmp_path)
+    meta = torch.load(tmp_path / "model.pt", weights_only=True)["meta"]
+    assert meta == {"mean": [0.5, 0.25, 0.125], "std": [1, 1, 1], "model": "own", "small": False, "size": 16, "classes": ["a", "b", "c"],
+                    "config": asdict(run.config), "accuracy": run.log[1]["val_accuracy"]}
+    assert run.log[1]["val_accuracy"] != run.log[1]["accuracy"]
+    save_weights(run, tmp_path / "other.pt", accuracy=0.5, command="x")
+    more = torch.load(tmp_path / "other.pt", weights_only=True)["meta"]
+    assert more == meta | {"accuracy": 0.5, "command": "x"}
+
+
+@pytest.mark.parametrize("damage", [lambda run: run.sums.fill_(math.nan), lambda run: run.model[0].weight.data.fill_(math.inf)])
+def test_what_is_not_finite_is_not_stored(tmp_path, damage):
+    run = make_run(BASE, toy(), None, small_net(), None, torch.device("cpu"))
+    damage(run)
+    with pytest.raises(RuntimeError, match="no longer finite after step 0"):
+        save_run(run, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_as_text(tmp_path):
+    row = dict(zip(COLUMNS, (1, "all", 5, 1 / 7, 0.5, None, None, 1e-9, 12.0), strict=True))
+    for log, text in (([], ""), ([row | {"own": 0.25}], "1,all,5,0.142857,0.5,,,1e-09,12,0.25\n")):
+        write_log(tmp_path / "log.csv", log)
+        assert (tmp_path / "log.csv").read_bytes().decode() == ",".join([*COLUMNS, *["own"] * len(log)]) + "\n" + text
+
+
+def test_the_curves_of_two_parts():
+    "The loss of the first part, and the accuracy of the last one in percent; what was not measured is not drawn"
+    log = [{"epoch": epoch, "part": part, "loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val}
+           for epoch in (1, 2) for part, loss, accuracy, val_loss, val in (
+               ("encoder", 3.0 / epoch, 0.1, None, None), ("classifier", 9.0, 0.3 * epoch, 8.0, 0.25 * epoch))]
+    loss, accuracy = learning_curves(log).axes
+    assert [(line.get_label(), line.get_xdata().tolist(), line.get_ydata().tolist()) for line in loss.lines] == [("training", [1, 2], [3.0, 1.5])]
+    assert [line.get_label() for line in accuracy.lines] == ["training", "validation"]
+    assert [line.get_ydata().tolist() for line in accuracy.lines] == [pytest.approx([30, 60]), pytest.approx([25, 50])]
+    assert loss.get_legend() is not None and all(float(tick).is_integer() for tick in loss.get_xticks())
+
+
+def test_a_checkpoint_of_another_version(tmp_path):
+    torch.save({"format": 1}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged, or no checkpoint of a run"):
+        read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+class Evil:
+    "Writes a file when it is unpickled"
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"format": 2, "done": Evil(tmp_path / "touched")}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged, or no checkpoint of a run"):
+        read_checkpoint(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_weights_are_stored_as_float32_and_numbers_of_numpy_as_plain_ones(tmp_path):
+    run = make_run(BASE, toy(), None, small_net(), None, torch.device("cpu"))
+    run.model.double()
+    save_weights(run, tmp_path / "model.pt", scores=np.array([1.5, 2.5]), pair=(np.float32(0.5), [np.int64(3)]))
+    stored = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert {v.dtype for v in stored["state_dict"].values()} == {torch.float32, torch.int64}
+    assert stored["meta"]["scores"] == [1.5, 2.5] and stored["meta"]["pair"] == (0.5, [3])
+
+
+# ------------------------------------------------------------------ tensors, by hand
+
+
+def test_four_fifths_of_the_free_memory(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal:       9000 kB\nMemFree:           1 kB\nMemAvailable:     1000 kB\nSwapTotal: 0 kB\n")
+    monkeypatch.setattr(tensors, "Path", lambda name: tmp_path / Path(name).name)
+    assert tensors.check_fits(66, 64, torch.device("cpu")) is None  # 811,008 of 819,200 bytes
+    with pytest.raises(RuntimeError, match="67 images of 64 pixels"):
+        tensors.check_fits(67, 64, torch.device("cpu"))
+
+
+def test_chosen_images_of_a_set():
+    source = Synthetic("train", n=9, size=32)
+    images, labels = to_tensors(source, 32)
+    some, their = to_tensors(source, 32, torch.tensor([7, 2]))
+    assert torch.equal(some, images[[7, 2]]) and torch.equal(their, labels[[7, 2]]) and labels.dtype == torch.int64
+    assert torch.equal(images, (source.batch(range(9)).image * 255).round().byte()) and labels.tolist() == [item.label for item in source]
+    large, _ = to_tensors(source, 820, torch.tensor([0, 1]))  # one image is more than is read at a time
+    assert large.shape == (2, 3, 820, 820) and (large.float().mean((1, 2, 3)) - images[:2].float().mean((1, 2, 3))).abs().max() < 1
+
+
+def test_an_image_to_try_a_model_with():
+    grey = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2 * 36, 7)).train()
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    assert tensors.black_image(grey, 8).shape == (1, 1, 8, 8) and tensors.black_image(plain, 8).shape == (1, 3, 8, 8)
+    assert tensors.outputs_of(grey, 8) == 7 and grey.training and grey[1].num_batches_tracked == 0
+
+
+def test_data_is_checked_and_made_uniform():
+    images, labels = toy(6)
+    found = tensors.check_data(images.float() / 255, labels.int(), 16, 3)
+    assert found[0].dtype == torch.uint8 and found[1].dtype == torch.int64 and torch.equal(found[0], images) and torch.equal(found[1], labels)
+    for wrong, words in (((images[..., :12], labels), "16x12 pixels"), ((images[0], labels), "must be .N, C, H, W."),
+                         ((images, labels[:, None]), "as many whole numbers"),
+                         ((images, torch.tensor([0, 1, 2, 0, 3, 1])), "label 3 of training image 4 is out of range: there are 3 classes, 0 to 2")):
+        with pytest.raises(ValueError, match=words):
+            tensors.check_data(*wrong, 16, 3)
+
+
+def test_five_missing_classes_are_all_named():
+    with pytest.raises(ValueError, match="no training image shows b, c, d, e, f: add images"):
+        tensors.check_classes(torch.tensor([0, 6]), list("abcdefg"))
+    with pytest.raises(ValueError, match="no training image shows 6 of 7 classes, among them b, c, d, e, f: add images"):
+        tensors.check_classes(torch.tensor([0]), list("abcdefg"))
+
+
+# ------------------------------------------------------------------ the command, without training
+
+
+def test_a_new_classifier_is_drawn_by_the_seed_alone():
+    from xai_companion.commands.train import start_model
+    made = []
+    for seed, state in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(state)
+        made.append(start_model("plain_cnn", "pretrained", ["a", "b"], seed))
+    assert same(made[0], made[1]) and not torch.equal(made[0].fc.weight, made[2].fc.weight) and made[0].classes == ["a", "b"]
+    whole = load_model("plain_cnn")
+    assert same(start_model("plain_cnn", "pretrained", list(whole.classes), 3), whole)  # those classes are known
+
+
+@pytest.mark.parametrize("words, written", [
+    ((), "--recipe ce --data synthetic --model plain_cnn"),
+    (("--model", "resnet18", "--size", 64, "--batch", 7), "--recipe ce --data synthetic --model resnet18 --batch 7"),
+    (("--weights", "a/b/model.pt", "--test", "--no-flip"), "--recipe ce --data synthetic --model plain_cnn --no-flip --test --weights model.pt"),
+    (("--recipe", "edda", "--set", 'layers="8"'), "--recipe edda --data synthetic --model plain_cnn --set 'layers=\"8\"'"),
+    (("--recipe", "edda", "--set", "layers=block3"), "--recipe edda --data synthetic --model plain_cnn --set layers=block3")])
+def test_a_command_is_written_so_that_it_reads_the_same(words, written):
+    from xai_companion.commands.train import _config, _written
+    args = parse(*words)
+    assert _written(args, _config(args)) == f"xai-companion train {written}"
+    assert _config(parse(*shlex.split(_written(args, _config(args)))[2:])) == _config(args)
+
+
+def test_which_images_the_command_asks_for(photos, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(*arguments):
+        raise Asked(*arguments)
+    monkeypatch.setattr("xai_companion.commands.train.read_data", asked)
+    for words, wanted in (((), ("synthetic", None, 64, None, 0, False, False)),
+                          (("--data", "cifar10", "--root", "r", "--size", 32, "--n", 9, "--seed", 3, "--test", "--workers", 0),
+                           ("cifar10", "r", 32, 9, 3, True, True)),
+                          (("--config", "ce_cifar100", "--smoke"), ("cifar100", None, 32, 256, 0, False, False))):
+        with pytest.raises(Asked) as found:
+            run(*words, "--device", "cpu", "--out", tmp_path)
+        assert found.value.args == wanted
+
+
+def test_the_seed_chooses_the_images(photos):
+    from xai_companion.commands.train import read_data
+    first, again, other, whole = (read_data(str(photos / "plain"), None, 16, count, seed) for count, seed in ((8, 0), (8, 0), (8, 1), (24, 0)))
+    assert torch.equal(first["train"][0], again["train"][0]) and not torch.equal(first["val"][0], other["val"][0])
+    assert not torch.equal(first["train"][0], other["train"][0]) and first["train"][1].bincount().tolist() == [4, 4]
+    assert first["fingerprint"].endswith(", 8 used, by class")
+    assert len(whole["train"][1]) == 24 and whole["fingerprint"].endswith(", 24 used, by class")
+    with_val = [read_data(str(photos / "parts"), None, 16, 8, seed) for seed in (0, 1)]  # nothing is split off
+    assert torch.equal(with_val[0]["val"][0], with_val[1]["val"][0]) and not torch.equal(with_val[0]["train"][0], with_val[1]["train"][0])
