@@ -38,8 +38,8 @@ class Ledger:
         for file in sorted(self.stem.parent.glob(f"{glob.escape(self.stem.name)}.*.jsonl")):
             try:
                 self.done |= {entry["batch"]: entry for entry in map(json.loads, file.read_bytes().split(b"\n")[:-1])}
-            except ValueError as error:
-                raise ValueError(f"{file.name} is damaged ({error}): delete it, its batches are computed again") from None
+            except (ValueError, KeyError, TypeError) as error:  # no JSON, or no batch
+                raise ValueError(f"{file.name} is damaged ({type(error).__name__}: {error}): delete it, its batches are computed again") from None
 
     def add(self, batch: str, rows: list[dict], seconds: float):
         "Note a finished batch"

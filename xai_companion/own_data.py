@@ -10,6 +10,7 @@ import csv
 import json
 import re
 import zlib
+from collections import Counter
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +118,8 @@ def read_class_map(path: Path | str,  # lines "folder,class"; or .json with an o
             rows = [row for row in csv.reader(lines) if row]
         if wrong := [row for row in rows if len(row) != 2]:
             raise ValueError(f"{','.join(wrong[0])!r} stands in a line")
+        if twice := [folder for folder, count in Counter(folder.strip() for folder, _ in rows).items() if count > 1]:
+            raise ValueError(f"{twice[0]!r} stands in two lines")
         return {folder.strip(): name.strip() for folder, name in rows}
     except (ValueError, AttributeError) as error:
         raise ValueError(

@@ -41,7 +41,11 @@ def parse_option(text: str  # NAME=VALUE
 def names_in(text: str  # NAME,NAME,...; commas in brackets belong to a name
              ) -> list[str]:
     "The names of a list"
-    names = [name.strip() for name in re.split(r",(?![^(]*\))", text)]
+    names, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([{") - (letter in ")]}")
+        names = [*names, ""] if letter == "," and depth <= 0 else [*names[:-1], names[-1] + letter]
+    names = [name.strip() for name in names]
     if not all(names) or any(" " in name.split(":")[0] for name in names):
         raise ValueError(f"several names stand with one comma between each two, such as gradcam,sise; got {text!r}")
     return names

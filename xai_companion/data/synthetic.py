@@ -94,7 +94,7 @@ def _creature_place(dice: Dice, label: Tensor) -> Place:
     "Where the creature is"
     fill = torch.tensor([plan.area for plan in PLANS], dtype=torch.float64)[label // 2]
     size = (0.05 * 10 ** dice("area") / fill).sqrt().clamp(max=1.0)
-    room = (1.02 - 0.9 * size).clamp(min=0.04)
+    room = 1.02 - 0.9 * size
     return random_place(dice, "creature", dice("x", -1, 1) * room, dice("y", -1, 1) * room, size, 0.6)
 
 def _scene(index: Tensor, label: Tensor, backdrop: Tensor, size: int, seed: int, split: str, device):
