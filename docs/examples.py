@@ -33,12 +33,12 @@ def fingerprint():
     return hashlib.sha256(b"\0".join([*(file.read_bytes() for file in code), str(SMOKE).encode()])).hexdigest()
 
 
-def save(picture, file):
-    "Write a picture (3, H, W) in [0, 1]"
-    from PIL import Image
+def save(image, file):
+    "Write an image (3, H, W) in [0, 1]"
+    from xai_companion.viz import as_picture
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
+    as_picture(image).save(file)
 
 
 def write_images(folder):
