@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 # %% ../../nbs/1b_explain.contract.ipynb #d17ebcf6
+from ..core import seeded
 from .base import Explainer
 
 # %% ../../nbs/1b_explain.contract.ipynb #a366dac3
 def trap_network(seed: int = 0) -> nn.Module:
     "A CNN for images of any size, in training mode, with 6 classes and the usual traps"
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
             nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Dropout(0.5),
