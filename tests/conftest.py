@@ -3,16 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers import ROOT
 from pretended import AVAILABLE, register
 
 from xai_companion.core import FLOAT32
 
 os.environ |= FLOAT32
-ROOT = Path(__file__).resolve().parent.parent
 if AVAILABLE:
     register()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import QUIET
 from PIL import Image
 from test_paper_profile import write_tiny
 
@@ -295,10 +296,9 @@ def test_only_the_first_process_speaks(place, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_train_under_torchrun(place, tmp_path):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "XAI_COMPANION_QUIET": "1"}
     words = [COMMAND.with_name("torchrun"), "--standalone", "--nproc-per-node", "2", "--no-python", "--", COMMAND, "train", *SHORT,
              "--out", tmp_path]
-    done = subprocess.run(list(map(str, words)), cwd=place, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, words)), cwd=place, env=os.environ | QUIET, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("16 training and 4 validation images") == done.stdout.count("trained in") == 1
 

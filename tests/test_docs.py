@@ -3,14 +3,11 @@
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from helpers import NBS, NOTEBOOKS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / "nbs"
-NOTEBOOKS = sorted(p.relative_to(NBS) for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}
 
 

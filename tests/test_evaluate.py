@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import QUIET
 from torchvision.utils import save_image
 
 from xai_companion.cli import main
@@ -116,7 +117,7 @@ PROGRAM = textwrap.dedent("""
 def test_two_processes_give_the_table_of_one(network, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | QUIET | {"PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, tmp_path / "both", tmp_path]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -133,7 +134,7 @@ def test_two_processes_with_different_networks_are_told(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.replace("network = trap_network()", "network = trap_network()\n"
                                        "network[0].weight.data += float(__import__('os').environ['RANK'])"))
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | QUIET | {"PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, tmp_path / "both", tmp_path]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode and "the processes have different models" in run.stderr
@@ -250,7 +251,7 @@ HOLDER = textwrap.dedent("""
 
 
 def test_a_second_writer_is_refused(network, tmp_path, monkeypatch):
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | QUIET | {"PYTHONPATH": os.path.dirname(__file__)}
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], env=env, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "computing\n"
@@ -472,11 +473,10 @@ def test_classes_are_counted_at_the_size_that_is_evaluated(tmp_path, capsys, mon
 @pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path):
     "Two processes share the batches; `--` keeps torchrun from reading --n"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "XAI_COMPANION_QUIET": "1"}
     bin = os.path.dirname(sys.executable)
     words = [f"{bin}/torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "--", f"{bin}/xai-companion", "evaluate",
              "--model", "plain_cnn", "--methods", "gradcam", "--n", "16", "--batch", "4", "--device", "cpu", "--out", tmp_path]
-    done = subprocess.run(list(map(str, words)), env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(list(map(str, words)), env=os.environ | QUIET, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.count("16 rows in") == 1, done.stdout + done.stderr[-2000:]
     written = [len(file.read_text().splitlines()) for file in (tmp_path / "batches").glob("*.jsonl")]
     assert written == [2, 2]

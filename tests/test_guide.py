@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import NBS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-GUIDE = ROOT / "nbs" / "guide"
+GUIDE = NBS / "guide"
 sys.path.insert(0, str(ROOT / "docs"))
 
 
@@ -84,7 +84,7 @@ def test_gallery_is_small_and_shows_every_explainer():
 def test_prose_about_the_results_has_no_decimals():
     prose = [
         "".join(c["source"])
-        for c in cells_of(ROOT / "nbs" / "tutorials" / "read_the_results.ipynb")
+        for c in cells_of(NBS / "tutorials" / "read_the_results.ipynb")
         if c["cell_type"] == "markdown"
     ]
     assert not re.search(r"\d\.\d", "\n".join(prose)), "a number of a record belongs into a cell"

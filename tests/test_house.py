@@ -3,12 +3,10 @@
 import base64
 import json
 import re
-from pathlib import Path
 
 import pytest
+from helpers import NBS, NOTEBOOKS
 
-NBS = Path(__file__).resolve().parent.parent / "nbs"
-NOTEBOOKS = sorted(file for file in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts)
 KB = 1000
 PERSONAL = re.compile(r"/(?:home|root|Users|tmp|work)/\w|[A-Z]:\\\\?Users|site-packages|dist-packages")
 PROGRESS = re.compile(r"\d%\||\bit/s\b|application/vnd\.jupyter\.widget")
@@ -16,7 +14,7 @@ PROGRESS = re.compile(r"\d%\||\bit/s\b|application/vnd\.jupyter\.widget")
 
 def outputs(notebook):
     "Every stored output of a notebook: cell number, kind and content as text"
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((NBS / notebook).read_text(encoding="utf-8"))["cells"]
     for number, cell in enumerate(cells):
         for output in cell.get("outputs", []):
             parts = {**output.get("data", {}), "text": output.get("text", ""), "error": output.get("traceback", "")}
@@ -25,7 +23,7 @@ def outputs(notebook):
 
 
 def per_notebook(test):
-    return pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.relative_to(NBS).as_posix())(test)
+    return pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.as_posix())(test)
 
 
 @per_notebook
@@ -49,9 +47,9 @@ def test_figures_are_small(notebook):
 
 @per_notebook
 def test_notebook_is_small(notebook):
-    size = notebook.stat().st_size
+    size = (NBS / notebook).stat().st_size
     assert size <= 300 * KB, f"{size / KB:.0f} kB; 300 kB is the limit: smaller or fewer figures"
 
 
 def test_all_notebooks_together_are_small():
-    assert sum(file.stat().st_size for file in NOTEBOOKS) <= 10_000 * KB
+    assert sum((NBS / file).stat().st_size for file in NOTEBOOKS) <= 10_000 * KB

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import seed
 from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 from torchvision.transforms.functional import to_pil_image
@@ -28,10 +29,6 @@ from xai_companion.data.loader import Resident, Streamed, epoch_order, read_item
 from xai_companion.data.readers import ImageFolder
 from xai_companion.data.synthetic import Synthetic, creatures
 from xai_companion.explain.contract import generators
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
 
 
 def noise(count=12, channels=3, height=16, width=None, number=0):

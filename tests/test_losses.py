@@ -1,11 +1,9 @@
 """The losses of training: the formula in three loops, values by hand, gradients, two processes, bad input."""
 import math
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import in_two_processes
 from torch.nn import functional as F
 
 from xai_companion.train.losses import (
@@ -259,22 +257,17 @@ def one_case(raw, labels, background, gather):
 
 
 def one_process(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2,
-                            timeout=timedelta(seconds=60))
     found = {name: one_case(*data, gather=True) for name, *data in share_of(rank)}
     rows = torch.full((rank, 2), float(rank), requires_grad=True)
     everything = gathered(rows)
     (everything * (rank + 1)).sum().backward()
     found["rows"] = everything.detach(), rows.grad, gathered(torch.arange(3 - rank)), gathered(torch.zeros(0, 4))
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(one_process, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return in_two_processes(one_process, tmp_path_factory.mktemp("gloo"))
 
 
 class TestTwoProcesses:

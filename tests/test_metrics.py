@@ -4,8 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import in_two_processes, rand
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
@@ -47,10 +46,6 @@ LOCALIZATION = {"ebpg": ebpg, "miou": miou, "bbox": bbox_score, "pointing": poin
 FAITHFULNESS = {"drop": average_drop, "increase": increase_rate, "insertion": insertion_auc, "deletion": deletion_auc,
                 "soft_drop": soft_average_drop, "soft_increase": soft_increase_rate}
 TARGETS = [0, 4, 2, 2]
-
-
-def rand(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def square(n=1, size=20, share=0.2):
@@ -461,13 +456,11 @@ def batches(rank=None):
     return list(zip(maps.split(2), masks.split(2), strict=True))[slice(rank, None, None if rank is None else 2)]
 
 
-def one_process(rank, address, found):
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+def one_process(rank, folder):
     metric = PerImage(ebpg, normalize=False)
     for maps, masks in batches(rank):
         metric.update(maps, masks)
-    found[rank] = metric.compute().item(), metric.n.item()
-    dist.destroy_process_group()
+    return metric.compute().item(), metric.n.item()
 
 
 class TestPerImage:
@@ -479,12 +472,9 @@ class TestPerImage:
         assert metric.compute().item() == pytest.approx(values.mean().item(), abs=1e-7) and metric.n == 7
 
     def test_two_processes(self, tmp_path):
-        with mp.Manager() as manager:
-            found = manager.dict()
-            mp.spawn(one_process, (tmp_path / "store", found), nprocs=2)
-            results = dict(found)
+        results = in_two_processes(one_process, tmp_path)
         wanted = ebpg(rand(7, 1, 20, 20), square(7), normalize=False).mean().item()
-        assert [results[rank][0] for rank in (0, 1)] == pytest.approx([wanted] * 2, abs=1e-7)
+        assert [mean for mean, _ in results] == pytest.approx([wanted] * 2, abs=1e-7)
 
     def test_errors(self):
         with pytest.raises(RuntimeError, match="no image"), pytest.warns(UserWarning):

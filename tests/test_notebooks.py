@@ -6,17 +6,9 @@ from multiprocessing import forkserver, get_context, set_start_method
 from pathlib import Path
 
 import pytest
+from helpers import NBS, NOTEBOOKS, QUIET, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / "nbs"
-NOTEBOOKS = sorted(p.relative_to(NBS) for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-ENV = {
-    "XAI_COMPANION_PROFILE": "smoke",
-    "XAI_COMPANION_QUIET": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "MPLBACKEND": "agg",
-    "OMP_NUM_THREADS": "1",
-}
+ENV = QUIET | {"XAI_COMPANION_PROFILE": "smoke", "MPLBACKEND": "agg"}
 IMPORTED = ["torch", "torchvision", "matplotlib.pyplot", "pandas", "nbdev.test"]  # once, for all notebooks
 
 SLOW = {  # half a minute of computing and more, with a quick stand-in

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers import seed
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,10 +32,6 @@ METHODS = {"gradcam": {}, "signed": {"signed": True}, "layercam": {}, "sise": {"
 
 def take(model, images, labels, case):
     return current_maps(model, images, labels, "gradcam" if case == "signed" else case, **METHODS[case])
-
-
-def seed(number=0):
-    return torch.Generator().manual_seed(number)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers import ROOT
 from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -24,7 +25,6 @@ from PIL import Image
 
 import xai_companion
 
-ROOT = Path(__file__).parents[1]
 SHIPPED = ("xai_companion", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff")
 WHERE_PRESENT = {"IPython": {"viz.py", "results.py"}, "pytorch_grad_cam": {"bench.py"}, "torchcam": {"bench.py"},  # where it runs in a notebook; its peers
                  "jupyter_client": {"notebooks.py"}, "nbformat": {"notebooks.py", "reproduce.py"}}  # nbclient brings the two

@@ -9,7 +9,6 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers import NBS
 from pretended import AVAILABLE, NAME, pretending
 from test_corruptions import needs_shift
 from test_datasets import VOC_ONE, VOC_XML, coco_content, needs_coco, picture, write_coco, write_voc
@@ -37,7 +37,6 @@ from xai_companion.train.published import PUBLISHED
 from xai_companion.train.recipes import Config
 from xai_companion.viz import PhotoFigure
 
-ROOT = Path(__file__).parents[1]
 COLOURS = np.random.default_rng(1).integers(40, 216, (10, 3))
 
 
@@ -232,7 +231,7 @@ def page(paper_profile, own_files, monkeypatch):  # noqa: F811
         return found
 
     def cells(name, found):
-        for cell in nbformat.read(ROOT / "nbs" / "papers" / f"{name}.ipynb", 4).cells:
+        for cell in nbformat.read(NBS / "papers" / f"{name}.ipynb", 4).cells:
             if cell.cell_type == "code":
                 exec(compile(cell.source, f"{name} {cell.id}", "exec"), found)
                 plt.close("all")
@@ -426,7 +425,7 @@ def test_cpu_profile_trains_on_photographs_where_they_are(gpu_page, monkeypatch,
 # ---- the pages on a device that is not the CPU ----------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="this torch cannot pretend a device")
-@pytest.mark.parametrize("name", [file.stem for file in sorted((ROOT / "nbs" / "papers").glob("0*.ipynb"))])
+@pytest.mark.parametrize("name", [file.stem for file in sorted((NBS / "papers").glob("0*.ipynb"))])
 def test_page_on_a_device_that_is_pretended(page, monkeypatch, name):
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
     monkeypatch.setenv("XAI_COMPANION_DEVICE", NAME)

@@ -4,13 +4,12 @@ import os
 import shutil
 import warnings
 from dataclasses import replace
-from datetime import timedelta
 
 import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import in_two_processes, same
 from test_losses import three_loops
 from torch import nn
 
@@ -53,10 +52,6 @@ def config(name, **changes):
     options = {"start": 0.5, "fill": "black"} if name in EXPLAINING else {}
     return Config(**{"recipe": name, "model": "own", "size": 16, "epochs": 2, "batch": 16, "lr": 0.05,
                      "options": options | changes.pop("options", {}), **changes})
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def batch_of(count=12):
@@ -426,7 +421,6 @@ def one_of_two(rank, folder):
     "Train each recipe; then stop one with kept maps in the middle of its third epoch, and continue"
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     found, loss, steps = {name: trained(name) for name in ALIKE}, RECIPES["edda"].loss, iter(range(8))
 
     def impatient(self, *arguments):
@@ -444,16 +438,13 @@ def one_of_two(rank, folder):
     trained("ce", folder=folder / "seen")
     with pytest.raises(RuntimeError, match="the number of finished steps is 0 to"):
         trained("ce", folder=folder / ("seen" if rank == 0 else "not seen"))
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     "What each of two processes has trained"
-    folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(one_of_two, (folder,), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return in_two_processes(one_of_two, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.filterwarnings("ignore:the contrastive loss stands")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import nbformat
 import pandas as pd
 import pytest
+from helpers import NBS, ROOT
 
 from xai_companion import notebooks as module
 from xai_companion.cli import main
@@ -22,7 +23,6 @@ from xai_companion.records import record
 from xai_companion.reproduce import MATHJAX, Outcome, _claims, _mathjax, _page, _run_all, reproduce
 from xai_companion.steps import TIME_BOX, OutOfTime, Step, out_of_time, plan, read_plan, take_steps
 
-ROOT = Path(__file__).parents[1]
 RECORD = """from xai_companion.results import record, save, show
 save("sise", "demo", [record({"row": "SISE"}, values=[0.5, 0.7, 0.6])])
 show("sise", "demo")"""
@@ -157,7 +157,7 @@ def test_make_keeps_memory_like_the_kernels():
 
 
 def test_core_notebook_in_a_real_kernel(clone):
-    executed, error = run_notebook(ROOT / "nbs" / "00_core.ipynb", dict(os.environ))
+    executed, error = run_notebook(NBS / "00_core.ipynb", dict(os.environ))
     assert error == ""
     ran = [cell for cell in executed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in ran] == list(range(1, len(ran) + 1))
@@ -168,7 +168,7 @@ def test_the_order_on_a_gpu():
     folder = find_papers(ROOT)
     names = [paper_name(file) for file in choose(folder, profile="gpu")]
     assert names == ["excon", "edda", "sise", "ada_sise", "integrated_gradcam", "bench"]  # the network of the first is explained
-    assert choose(folder, ["bench"], "gpu") == [ROOT / "nbs" / "66_bench.ipynb"]
+    assert choose(folder, ["bench"], "gpu") == [NBS / "66_bench.ipynb"]
     with pytest.raises(ValueError, match="no notebook about bench"):
         choose(folder, ["bench"])
 

@@ -4,11 +4,11 @@ import io
 import json
 import re
 from contextlib import redirect_stdout
-from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
+from helpers import NBS, NOTEBOOKS, ROOT
 from IPython.core.formatters import DisplayFormatter
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.terminal.interactiveshell import TerminalInteractiveShell
@@ -20,7 +20,6 @@ from xai_companion.records import mean_interval, record, validate
 from xai_companion.results import PAPERS, TIMES, _cell, _labels, agrees, grid_cell, load, newest, save, show, summarize
 from xai_companion.testbeds import OF_PROFILE, TESTBEDS
 
-ROOT = Path(__file__).parents[1]
 STORED = sorted((ROOT / "results").rglob("*.json"))
 
 
@@ -175,7 +174,7 @@ WHOLE = ("guide/claims", "guide/which_explainer")           # these do nothing b
 
 def code_cells(name):
     "Source and stored outputs of the code cells of a notebook"
-    cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((NBS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
     return [("".join(cell["source"]), cell["outputs"]) for cell in cells if cell["cell_type"] == "code"]
 
 
@@ -187,9 +186,7 @@ def shown_by(source):
             return ast.unparse(call) if len(names) == 1 and names <= set(TABLES) else None
 
 
-
-NOTEBOOKS = [file.relative_to(ROOT / "nbs").with_suffix("").as_posix() for file in sorted((ROOT / "nbs").rglob("*.ipynb"))]
-SHOWN = [(name, call, outputs) for name in NOTEBOOKS if name not in MINIATURES
+SHOWN = [(name, call, outputs) for name in (file.with_suffix("").as_posix() for file in NOTEBOOKS) if name not in MINIATURES
          for source, outputs in code_cells(name) if (call := shown_by(source))]
 
 
@@ -230,7 +227,7 @@ def test_pages_of_records_show_the_records(name, records_only):
 def test_what_a_page_prints_of_records_is_in_them(records_only, monkeypatch):
     "The cells of a tutorial that print records, run again"
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
-    cells = json.loads((ROOT / "nbs/tutorials/read_the_results.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((NBS / "tutorials/read_the_results.ipynb").read_text(encoding="utf-8"))["cells"]
     names, compared = {}, 0
     for cell in cells:
         if cell["id"] in ("64f35c2d", "be1d087f", "e9ec55fb", "71631425", "c4de19e6", "ca5f28fc", "d09e7f86"):

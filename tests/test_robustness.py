@@ -3,6 +3,7 @@
 import pytest
 import torch
 from captum import robust
+from helpers import rand
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,10 +14,6 @@ from xai_companion.models import Normalized, load_model
 
 EPS = 8 / 255
 ATTACKS = pytest.mark.parametrize("attack", [fgsm, pgd])
-
-
-def rand(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import NBS, NOTEBOOKS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PARTS = ("nbs", "xai_companion", "docs", "README.md", "pyproject.toml")
 COMMANDS = {  # name -> command, what to do when it changes something
@@ -18,7 +18,6 @@ COMMANDS = {  # name -> command, what to do when it changes something
     "readme": ([sys.executable, "docs/nb2myst.py", "readme"], "make readme"),
 }
 MODULES = sorted(file for file in (ROOT / "xai_companion").rglob("*.py") if file.name != "_modidx.py")
-NOTEBOOKS = sorted(file for file in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts)
 
 
 def snapshot(root):
@@ -56,9 +55,9 @@ def test_every_module_has_its_notebook():
             assert module.name == "__init__.py", f"{module.relative_to(ROOT)} was not written by nbdev-export"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.relative_to(ROOT / "nbs").as_posix())
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda file: file.as_posix())
 def test_every_notebook_has_its_module(notebook):
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads((NBS / notebook).read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     for name in re.findall(r"^#\|\s*default_exp\s+(\S+)", source, re.M):
         module = ROOT / "xai_companion" / (name.replace(".", "/") + ".py")

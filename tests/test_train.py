@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import QUIET, ROOT, same
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -46,8 +47,6 @@ from xai_companion.train.files import COLUMNS, alone, write_log, write_whole
 from xai_companion.train.loop import make_run
 from xai_companion.train.recipes import CrossEntropy, Views
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "XAI_COMPANION_QUIET": "1", "CUDA_VISIBLE_DEVICES": ""}
-
 
 def toy(count=40, classes=3, size=16, seed=0):
     "Noise whose brightest channel is the class"
@@ -67,10 +66,6 @@ def small_net(classes=3, seed=0):
 
 
 BASE = Config(model="own", size=16, epochs=4, batch=8, lr=0.05)
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def without_seconds(log):
@@ -218,7 +213,7 @@ OPTIONS = {"edda": {"start": 0.0, "refresh": 2}, "exconb": {"start": 0.0}}  # on
 
 def start(folder, recipe="edda", **options):
     code = SCRIPT.format(tests=str(Path(__file__).parent), options=OPTIONS[recipe])
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), recipe], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), recipe], env=os.environ | QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, **options)
 
 
@@ -798,7 +793,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_train import SHORT, run
 sys.exit(run("--data", {str(photos / 'plain')!r}, *SHORT, "--epochs", 10000, "--out", {str(tmp_path)!r}))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], env=ENV, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | QUIET, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and not list(tmp_path.rglob("log.csv")):
         time.sleep(0.01)
@@ -836,7 +831,7 @@ def test_packaged_file(name):
 
 
 def test_the_weights_are_package_data():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "weights/*.pt" in project["tool"]["setuptools"]["package-data"]["xai_companion"]
 
 

@@ -3,10 +3,10 @@ import json
 import math
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import NBS, ROOT
 from scipy import stats
 
 from xai_companion.overview import (
@@ -159,7 +159,7 @@ def test_bad_comparisons(quick, call, words):
 
 
 # ---- the overview of all claims ------------------------------------------------------------------------------------
-PAPERS = Path(__file__).resolve().parent.parent / "nbs" / "papers"
+PAPERS = NBS / "papers"
 
 
 @pytest.mark.parametrize("paper", CLAIMS)
@@ -297,7 +297,7 @@ def test_a_method_of_a_headline_is_one_row_of_its_table():
     found = Counter()
     for paper, lines in HEADLINES.items():
         for table, metric, methods, fixed, _ in lines:
-            for profile, records in load(paper, table, PAPERS.parents[1] / "results").items():
+            for profile, records in load(paper, table, ROOT / "results").items():
                 configs = [{k: v for k, v in r["config"].items() if k != "version"} for r in records
                            if {"metric": metric}.items() | fixed.items() <= r["config"].items()]
                 for method in methods:

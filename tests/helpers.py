@@ -1,0 +1,38 @@
+"""What several files of tests use: where things are, numbers from a seed, a command in this process, two processes that talk."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+NOTEBOOKS = sorted(file.relative_to(NBS) for file in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts)
+QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "XAI_COMPANION_QUIET": "1"}  # for the environment of a process
+
+
+def seed(number=0):
+    return torch.Generator().manual_seed(number)
+
+
+def rand(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b):
+    "Two networks have the same bits"
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def one_of_two(rank, work, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.save(work(rank, folder), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def in_two_processes(work, folder):
+    "What `work(rank, folder)` gives in each of two processes that talk by gloo"
+    mp.spawn(one_of_two, (work, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
