@@ -38,3 +38,12 @@ def site(build):
     if build[1]:
         pytest.skip("the site did not build")
     return build[0]
+
+
+@pytest.fixture
+def paper_profile(tmp_path, monkeypatch):
+    "A run in the paper profile, with its own data, reports/ and results/"
+    for name in ("DATA", "REPORTS", "RESULTS"):
+        monkeypatch.setenv(f"XAI_COMPANION_{name}", str(tmp_path / name.lower()))
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "paper")
+    return tmp_path

@@ -1,5 +1,6 @@
 """What several files of tests use: where things are, numbers from a seed, a command in this process, two processes that talk."""
 
+import math
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,3 +37,23 @@ def in_two_processes(work, folder):
     "What `work(rank, folder)` gives in each of two processes that talk by gloo"
     mp.spawn(one_of_two, (work, folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def three_loops(z, labels, temperature=0.1, base_temperature=0.07, background=(), background_weight=1.0):
+    "The formula of the paper, with nothing but Python's numbers"
+    def similarity(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True)) / temperature
+
+    views = [(vector, int(label)) for vectors, label in zip(z.tolist(), labels, strict=True) for vector in vectors]
+    background = background.tolist() if len(background) else []
+    total = 0.0
+    for i, (anchor, label) in enumerate(views):
+        normaliser = sum(background_weight * math.exp(similarity(anchor, b)) for b in background)
+        positives = []
+        for a, (other, its_label) in enumerate(views):
+            if a != i:
+                normaliser += math.exp(similarity(anchor, other))
+                positives += [other] if its_label == label else []
+        for positive in positives:
+            total -= (similarity(anchor, positive) - math.log(normaliser)) / len(positives)
+    return temperature / base_temperature * total / len(views)

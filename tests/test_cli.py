@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import QUIET
 from PIL import Image
-from test_paper_profile import write_tiny
+from writers import write_tiny
 
 from xai_companion.cli import main
 from xai_companion.commands.explain import attribute_all, names_of, read_images, write_explanations

@@ -3,12 +3,12 @@ import builtins
 import subprocess
 import sys
 import zlib
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from writers import needs_shift, write_cifar_c
 
 from xai_companion.core import seeded
 from xai_companion.data.corruptions import (
@@ -28,7 +28,6 @@ from xai_companion.data.readers import DataError, TinyImageNet, imagenet_wnids
 from xai_companion.data.synthetic import Synthetic
 from xai_companion.explain.contract import generators
 
-needs_shift = pytest.mark.skipif(find_spec("imagecorruptions") is None, reason="imagecorruptions is not installed (extra shift)")
 SMOOTH = (torch.arange(40 * 36 * 3).reshape(40, 36, 3) % 211).to(torch.uint8).permute(2, 0, 1)
 IMAGES = torch.stack([SMOOTH, SMOOTH.flip(1), SMOOTH.flip(0)])
 STILL = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")  # without random numbers
@@ -225,16 +224,6 @@ class TestCorruptedSet:
 
 
 # ---- published sets ----------------------------------------------------------------------------------------------
-def write_cifar_c(folder, name="fog", n=4, labels=None):
-    "Five severities of n images; the first pixel of each tells its row"
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (5 * n, 32, 32, 3), dtype=np.uint8)
-    pixels[:, 0, 0, 0] = np.arange(5 * n)
-    np.save(folder / f"{name}.npy", pixels)
-    np.save(folder / "labels.npy", np.tile(np.arange(n), 5).astype(np.uint8) if labels is None else labels)
-    return pixels
-
-
 class TestCifarC:
     @pytest.mark.parametrize("reader, classes", [(CIFAR10C, CIFAR10_CLASSES), (CIFAR100C, CIFAR100_CLASSES)])
     def test_rows(self, tmp_path, reader, classes):

@@ -1,10 +1,8 @@
 """Data sets: every format on small files written here by hand, whole and damaged; the real sets where they are."""
 
 import argparse
-import csv
 import functools
 import http.server
-import json
 import pickle
 import shutil
 import tarfile
@@ -17,6 +15,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from writers import (
+    VOC_ONE,
+    VOC_XML,
+    WNIDS,
+    coco_content,
+    needs_coco,
+    picture,
+    steel_names,
+    write_cifar,
+    write_coco,
+    write_elpv,
+    write_steel,
+    write_svhn,
+    write_tiny,
+    write_voc,
+)
 
 from xai_companion.core import settings
 from xai_companion.data.datasets import (
@@ -35,182 +49,9 @@ from xai_companion.data.photos import load_image
 from xai_companion.data.readers import DataError, imagenet_wnids
 from xai_companion.viz import as_picture
 
-RANDOM = np.random.default_rng(0)
-WNIDS = ["n02123045", "n01443537", "n07920052"]  # not sorted, as in the official file
-needs_coco = pytest.mark.skipif(find_spec("pycocotools") is None, reason="pycocotools is not installed (extra coco)")
-
-
-def picture(file, height=64, width=64, seed=None):
-    "Save a random picture and return its pixels"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed or zlib.crc32(file.name.encode())).integers(
-        0, 256, (height, width, 3), dtype=np.uint8
-    )
-    Image.fromarray(pixels).save(file)
-    return pixels
-
 
 def cut(file, keep=0.5):
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * keep)])
-
-
-# ---- writers of the true formats ---------------------------------------------------------------------------------
-def write_cifar(folder, key="labels", classes=("cat", "dog", "eel")):
-    folder.mkdir(parents=True)
-    batches, meta, names = ([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "batches.meta", "label_names")
-    if key == "fine_labels":
-        batches, meta, names = ["train", "test"], "meta", "fine_label_names"
-    written = {}
-    for number, batch in enumerate(batches):
-        rows = np.random.default_rng(number).integers(0, 256, (4, 3072), dtype=np.uint8)
-        written[batch] = rows
-        (folder / batch).write_bytes(pickle.dumps({"data": rows, key: [0, 1, 2, number % 3]}))
-    (folder / meta).write_bytes(pickle.dumps({names: list(classes)}))
-    return written
-
-
-def write_svhn(folder):
-    from scipy.io import savemat
-
-    folder.mkdir(parents=True)
-    pixels = RANDOM.integers(0, 256, (32, 32, 3, 5), dtype=np.uint8)
-    savemat(folder / "test_32x32.mat", {"X": pixels, "y": np.array([[1], [10], [9], [5], [10]], dtype=np.uint8)})
-    return pixels
-
-
-def write_tiny(folder):
-    "Two images a class; training images are called as in the official set"
-    for wnid in WNIDS:
-        for i in range(2):
-            picture(folder / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
-        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text(
-            f"{wnid}_0.JPEG\t0\t0\t63\t63\n{wnid}_1.JPEG\t10\t20\t10\t30\n"
-        )
-    rows = [
-        "val_0.JPEG\tn07920052\t0\t32\t44\t62",
-        "val_1.JPEG\tn01443537\t52\t55\t57\t59",
-        "val_2.JPEG\tn02123045\t0\t0\t63\t63",
-    ]
-    for i in range(3):
-        picture(folder / "val" / "images" / f"val_{i}.JPEG")
-    (folder / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
-    (folder / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
-    (folder / "words.txt").write_text(
-        "n00001740\tentity\nn02123045\ttabby, tabby cat\nn01443537\tgoldfish, Carassius auratus\nn07920052\tespresso\n"
-    )
-    return folder
-
-
-VOC_XML = """<annotation>
-  <folder>VOC2007</folder><filename>000001.jpg</filename>
-  <source><database>The VOC2007 Database</database></source>
-  <size><width>40</width><height>30</height><depth>3</depth></size><segmented>1</segmented>
-  <object><name>person</name><pose>Left</pose><truncated>1</truncated><difficult>0</difficult>
-    <bndbox><xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>30</ymax></bndbox>
-    <part><name>head</name><bndbox><xmin>3</xmin><ymin>4</ymin><xmax>5</xmax><ymax>6</ymax></bndbox></part></object>
-  <object><name>dog</name><difficult>1</difficult>
-    <bndbox><ymin>5</ymin><xmin>21.5</xmin><ymax>8</ymax><xmax>40</xmax></bndbox></object>
-  <object><name>person</name><difficult>0</difficult>
-    <bndbox><xmin>39</xmin><ymin>29</ymin><xmax>40</xmax><ymax>30</ymax></bndbox></object>
-</annotation>"""
-VOC_ONE = (
-    "<annotation><object><name>tvmonitor</name><difficult>0</difficult><bndbox><xmin>1</xmin><ymin>1</ymin>"
-    "<xmax>40</xmax><ymax>30</ymax></bndbox></object></annotation>"
-)
-
-
-def write_voc(folder):
-    "Two images; the first has a segmentation: a person left, a dog right, void between"
-    for i, xml in enumerate((VOC_XML, VOC_ONE), 1):
-        picture(folder / "JPEGImages" / f"00000{i}.jpg", 30, 40)
-        (folder / "Annotations").mkdir(exist_ok=True)
-        (folder / "Annotations" / f"00000{i}.xml").write_text(xml)
-    (folder / "ImageSets" / "Main").mkdir(parents=True)
-    for split in ("train", "val", "trainval", "test"):
-        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("000001\n000002\n")
-    numbers = np.zeros((30, 40), dtype=np.uint8)
-    numbers[2:, :8], numbers[2:, 8:10], numbers[5:8, 22:] = 15, 255, 12
-    (folder / "SegmentationClass").mkdir()
-    palette = Image.fromarray(numbers).convert("P")
-    palette.putpalette([i // 3 for i in range(768)])
-    palette.save(folder / "SegmentationClass" / "000001.png")
-    return folder
-
-
-def coco_content():
-    images = [
-        {"id": 42, "file_name": "COCO_val2014_000000000042.jpg", "height": 20, "width": 30},
-        {"id": 7, "file_name": "COCO_val2014_000000000007.jpg", "height": 20, "width": 30},
-    ]
-    categories = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}, {"id": 13, "name": "stop sign"}]
-    annotations = [
-        {
-            "id": 1,
-            "image_id": 42,
-            "category_id": 13,
-            "iscrowd": 0,
-            "bbox": [2.5, 3, 10, 5],
-            "segmentation": [[2, 3, 12, 3, 12, 8, 2, 8]],
-        },
-        {
-            "id": 2,
-            "image_id": 42,
-            "category_id": 1,
-            "iscrowd": 1,
-            "bbox": [0, 0, 2, 20],
-            "segmentation": {"size": [20, 30], "counts": [0, 40, 560]},
-        },
-        {
-            "id": 3,
-            "image_id": 42,
-            "category_id": 13,
-            "iscrowd": 0,
-            "bbox": [20, 10, 5, 5],
-            "segmentation": [[20, 10, 25, 10, 25, 15, 20, 15]],
-        },
-    ]
-    return {"images": images, "categories": categories, "annotations": annotations}
-
-
-def write_coco(folder, content=None):
-    (folder / "annotations").mkdir(parents=True, exist_ok=True)
-    for one in coco_content()["images"]:
-        picture(folder / "val2014" / one["file_name"], 20, 30)
-    (folder / "annotations" / "instances_val2014.json").write_text(json.dumps(content or coco_content()))
-    return folder
-
-
-def steel_names():
-    "A name of the validation split, and one of the training split"
-    names = [f"{i:08x}.jpg" for i in range(50)]
-    return [next(n for n in names if (zlib.crc32(n.encode()) % 5 == 0) == val) for val in (True, False)]
-
-
-def write_steel(folder, rows=None):
-    "Columns 100 to 109 have defect 3, the lower half of column 105 to 300 defect 1"
-    val, train = steel_names()
-    pixels = {name: picture(folder / "train_images" / name, 256, 1600) for name in (val, train)}
-    lower = " ".join(f"{column * 256 + 129} 128" for column in range(105, 301))
-    with (folder / "train.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [
-                ("ImageId", "ClassId", "EncodedPixels"),
-                *(rows or [(val, 3, f"{100 * 256 + 1} {10 * 256}"), (val, 1, lower)]),
-            ]
-        )
-    return pixels
-
-
-def write_elpv(folder):
-    lines = []
-    for i in range(32):
-        file = folder / "images" / f"cell{i:04}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(RANDOM.integers(0, 256, (30, 30), dtype=np.uint8)).save(file)
-        probability = ("0.0", "0.3333333333333333", "0.6666666666666666", "1.0")[i % 4]
-        lines.append(f"images/{file.name}   {probability}  {('mono', 'poly')[i // 16]}\n")
-    (folder / "labels.csv").write_text("".join(lines))
-    return folder
 
 
 # ---- whole sets --------------------------------------------------------------------------------------------------
@@ -491,7 +332,7 @@ def test_coco_broken_files(tmp_path):
 
 
 def test_run_lengths_against_pixels():
-    mask = RANDOM.random((256, 1600)) > 0.99
+    mask = np.random.default_rng(0).random((256, 1600)) > 0.99
     words, flat = [], np.append(mask.T.flatten(), False)
     for place in np.flatnonzero(flat & ~np.insert(flat[:-1], 0, False)):
         words += [place + 1, int(np.argmin(flat[place:]))]

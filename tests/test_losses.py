@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from helpers import in_two_processes
+from helpers import in_two_processes, three_loops
 from torch.nn import functional as F
 
 from xai_companion.train.losses import (
@@ -24,26 +24,6 @@ def units(*shape, seed=0):
 
 LABELS = torch.tensor([3, 0, 0, 3, 7, 0])
 BACKGROUND = units(4, 8, seed=9)
-
-
-def three_loops(z, labels, temperature=0.1, base_temperature=0.07, background=(), background_weight=1.0):
-    "The formula of the paper, with nothing but Python's numbers"
-    def similarity(a, b):
-        return sum(x * y for x, y in zip(a, b, strict=True)) / temperature
-
-    views = [(vector, int(label)) for vectors, label in zip(z.tolist(), labels, strict=True) for vector in vectors]
-    background = background.tolist() if len(background) else []
-    total = 0.0
-    for i, (anchor, label) in enumerate(views):
-        normaliser = sum(background_weight * math.exp(similarity(anchor, b)) for b in background)
-        positives = []
-        for a, (other, its_label) in enumerate(views):
-            if a != i:
-                normaliser += math.exp(similarity(anchor, other))
-                positives += [other] if its_label == label else []
-        for positive in positives:
-            total -= (similarity(anchor, positive) - math.log(normaliser)) / len(positives)
-    return temperature / base_temperature * total / len(views)
 
 
 def gradients(loss, *inputs):

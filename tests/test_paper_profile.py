@@ -1,7 +1,6 @@
 """The paper and gpu profiles from files to records, at smoke size: the papers' sets written here in their true formats, the published
 networks, and the five pages with nothing but the numbers made small."""
 import json
-import pickle
 import re
 import shutil
 import sys
@@ -18,75 +17,38 @@ import torch
 import torchvision
 from helpers import NBS
 from pretended import AVAILABLE, NAME, pretending
-from test_corruptions import needs_shift
-from test_datasets import VOC_ONE, VOC_XML, coco_content, needs_coco, picture, write_coco, write_voc
-from test_testbeds import paper_profile, prepare  # noqa: F401
 from torchvision.models.resnet import BasicBlock, ResNet
+from writers import (
+    needs_coco,
+    needs_shift,
+    write_cifar,
+    write_coco,
+    write_samples,
+    write_six_of_tiny,
+    write_steel,
+    write_svhn,
+    write_voc,
+)
 
 from xai_companion import core, experiments
 from xai_companion.cli import main
 from xai_companion.data.arrays import ArrayReader
-from xai_companion.data.readers import TinyImageNet, imagenet_wnids
+from xai_companion.data.readers import TinyImageNet
 from xai_companion.experiments import creatures_lab, explanation_scores, real_lab, run_rows, store_rows, trained
-from xai_companion.explain import GradCAM
 from xai_companion.models import load_model
 from xai_companion.results import load
 from xai_companion.steps import OutOfTime, read_plan
-from xai_companion.testbeds import OF_PROFILE, TESTBEDS, run_testbeds
+from xai_companion.testbeds import OF_PROFILE, TESTBEDS
 from xai_companion.train.published import PUBLISHED
 from xai_companion.train.recipes import Config
 from xai_companion.viz import PhotoFigure
 
-COLOURS = np.random.default_rng(1).integers(40, 216, (10, 3))
-
-
 # ---- the sets of the training papers, with more images than the readers' tests need -------------------------------
-def coloured(count, classes, seed, side=32):
-    "Noise around the colour of the class, (count, side, side, 3), and labels: each class equally often"
-    labels = np.arange(count) % classes
-    noise = np.random.default_rng(seed).integers(-40, 40, (count, side, side, 3))
-    return (COLOURS[labels][:, None, None] + noise).astype(np.uint8), labels
-
-
-def write_cifar(folder, key, classes, count):
-    folder.mkdir(parents=True)
-    batches, meta, names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "batches.meta", "label_names"
-    if key == "fine_labels":
-        batches, meta, names = ["train", "test"], "meta", "fine_label_names"
-    for number, batch in enumerate(batches):
-        pixels, labels = coloured(count, classes, number)
-        rows = pixels.transpose(0, 3, 1, 2).reshape(count, -1)
-        (folder / batch).write_bytes(pickle.dumps({"data": rows, key: labels.tolist()}))
-    (folder / meta).write_bytes(pickle.dumps({names: [f"class {i}" for i in range(classes)]}))
-
-
-def write_svhn(folder):
-    from scipy.io import savemat
-    folder.mkdir(parents=True)
-    for split, count in (("train", 40), ("test", 20)):
-        pixels, labels = coloured(count, 10, count)
-        savemat(folder / f"{split}_32x32.mat", {"X": pixels.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)})
-
-
-def write_tiny(folder):
-    "Six classes, eight training and two validation images each, all with a box"
-    wnids, lines = list(imagenet_wnids())[:6], []
-    for number, wnid in enumerate(wnids):
-        images = folder / "train" / wnid / "images"
-        for i in range(8):
-            picture(images / f"{wnid}_{i}.JPEG", seed=100 * number + i + 1)
-        (images.parent / f"{wnid}_boxes.txt").write_text("".join(f"{wnid}_{i}.JPEG\t8\t8\t55\t{40 + i}\n" for i in range(8)))
-        for i in (number, number + 6):
-            picture(folder / "val" / "images" / f"val_{i}.JPEG")
-            lines.append(f"val_{i}.JPEG\t{wnid}\t10\t12\t50\t40\n")
-    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
-    (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
-    (folder / "words.txt").write_text("".join(f"{wnid}\tthing {wnid}\n" for wnid in wnids))
-
-
-TRAINING = {"cifar10": lambda root: write_cifar(root / "cifar-10-batches-py", "labels", 10, 10),
-            "cifar100": lambda root: write_cifar(root / "cifar-100-python", "fine_labels", 10, 40),
-            "svhn": lambda root: write_svhn(root / "svhn"), "tiny_imagenet": lambda root: write_tiny(root / "tiny-imagenet-200")}
+CLASSES = [f"class {i}" for i in range(10)]
+TRAINING = {"cifar10": lambda root: write_cifar(root / "cifar-10-batches-py", "labels", CLASSES, 10),
+            "cifar100": lambda root: write_cifar(root / "cifar-100-python", "fine_labels", CLASSES, 40),
+            "svhn": lambda root: write_svhn(root / "svhn", train=[*range(10)] * 4, test=[*range(10)] * 2),
+            "tiny_imagenet": lambda root: write_six_of_tiny(root / "tiny-imagenet-200")}
 
 
 @pytest.fixture
@@ -101,7 +63,7 @@ def own_files(monkeypatch):
         "ce_resnet18_cifar100", "cutout_resnet56_svhn", "edda_resnet18_cifar100", "exconb_cifar100", "excon_tiny_imagenet",
         "supcon_tiny_imagenet", "supcon_clean_view_cifar100", "ce_tiny_imagenet", "edda_vgg16_bn_cifar10", "cutout_resnet50_cifar10",
         "random_occlusion_resnet18_tiny_imagenet"))])
-def test_a_published_row_from_files_to_a_network(paper_profile, own_files, capsys, name):  # noqa: F811
+def test_a_published_row_from_files_to_a_network(paper_profile, own_files, capsys, name):
     published = PUBLISHED[name].config
     TRAINING[published.data](paper_profile / "data")
     size = ["--epochs", "1", "--batch", "8", "--images", "16", "--lr", "0.01", "--set", "start=0.0"]
@@ -132,7 +94,7 @@ def test_every_published_set_and_network_is_tried():
 
 def test_a_few_classes_of_a_set_open_no_other_image(tmp_path, monkeypatch):
     "And a box that has no pixel at this size is none"
-    write_tiny(tmp_path / "tiny-imagenet-200")
+    write_six_of_tiny(tmp_path / "tiny-imagenet-200")
     boxes = tmp_path / "tiny-imagenet-200" / "val" / "val_annotations.txt"
     lines = boxes.read_text().splitlines()
     boxes.write_text("\n".join([lines[0].replace("10\t12\t50\t40", "10\t12\t10\t12"), *lines[1:]]) + "\n")
@@ -163,43 +125,13 @@ def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path, monkeypatch):
     assert {row["n"] for row in load("edda", "t", tmp_path / "reports")["quick"]} == {7}
 
 
-# ---- the explainers' testbeds -------------------------------------------------------------------------------------
-@pytest.mark.slow
-@needs_coco
-def test_both_networks_on_coco(paper_profile, monkeypatch):  # noqa: F811
-    "Beside those of test_testbeds: the fifth testbed"
-    prepare(paper_profile, "coco2014_vgg16")
-    monkeypatch.setitem(OF_PROFILE, "paper", ("coco2014_vgg16",))
-    run, = run_testbeds(lambda network, bed: {"Grad-CAM": GradCAM(network)}, n=2)
-    assert run.frame[list(run.metrics)].notna().all().all() and run.data.startswith("coco2014 val 2 ")
-
-
 # ---- the pages ----------------------------------------------------------------------------------------------------
-def eight_of_voc(root):
-    folder, names = write_voc(root / "VOCdevkit" / "VOC2007"), [f"{i:06}" for i in range(1, 9)]
-    for i, name in enumerate(names):
-        picture(folder / "JPEGImages" / f"{name}.jpg", 30, 40)
-        (folder / "Annotations" / f"{name}.xml").write_text((VOC_XML, VOC_ONE)[i % 2])
-    (folder / "ImageSets" / "Main" / "test.txt").write_text("".join(f"{name}\n" for name in names))
-
-
-def eight_of_coco(root):
-    content = coco_content()
-    image, objects = content["images"][0], content["annotations"]
-    for i in range(100, 107):
-        content["images"].append(image | {"id": i, "file_name": f"COCO_val2014_{i:012}.jpg"})
-        content["annotations"] += [one | {"id": 10 * i + k, "image_id": i} for k, one in enumerate(objects[:3])]
-        picture(root / "coco" / "val2014" / f"COCO_val2014_{i:012}.jpg", 20, 30)
-    write_coco(root / "coco", content)
-
-
-def eight_of_steel(root):
-    "Strips of the validation split, each with a defect in one patch"
+def write_eight(root):
+    "Of each set with boxes; the strips of steel are of the validation split, each with a defect in one patch"
+    write_voc(root / "VOCdevkit" / "VOC2007", 8)
+    write_coco(root / "coco", more=7)  # one of them is empty
     names = [name for name in (f"{i:08x}.jpg" for i in range(200)) if zlib.crc32(name.encode()) % 5 == 0][:8]
-    rows = [f"{name},{i % 4 + 1},{(100 + 5 * i) * 256 + 1} {10 * 256}" for i, name in enumerate(names)]
-    for name in names:
-        picture(root / "severstal" / "train_images" / name, 256, 1600)
-    (root / "severstal" / "train.csv").write_text("\n".join(["ImageId,ClassId,EncodedPixels", *rows]) + "\n")
+    write_steel(root / "severstal", [(name, i % 4 + 1, f"{(100 + 5 * i) * 256 + 1} {10 * 256}") for i, name in enumerate(names)], names)
 
 
 def small(**sizes):
@@ -213,7 +145,7 @@ original = core.by_profile
 
 
 @pytest.fixture
-def page(paper_profile, own_files, monkeypatch):  # noqa: F811
+def page(paper_profile, own_files, monkeypatch):
     "Runs all cells of a page in the paper profile on a CPU; what they defined"
     monkeypatch.setenv("XAI_COMPANION_DEVICE", "cpu")
     monkeypatch.chdir(paper_profile)
@@ -248,8 +180,7 @@ def stored(root, paper, table):
 @pytest.mark.parametrize("paper, name", [("sise", "01_sise"), ("ada_sise", "02_ada_sise"), ("integrated_gradcam", "03_integrated_gradcam")])
 def test_page_of_an_explainer(page, monkeypatch, paper, name):
     "On the five testbeds of the paper profile, with a small network in place of VGG and ResNets"
-    for write in (eight_of_voc, eight_of_coco, eight_of_steel):
-        write(page.root / "data")
+    write_eight(page.root / "data")
     for bed in OF_PROFILE["paper"]:
         model = lambda device, data: load_model("residual_cnn", None, len(data.classes), classes=data.classes)  # noqa: E731
         monkeypatch.setitem(TESTBEDS, bed, replace(TESTBEDS[bed], model=model, size=64))
@@ -300,16 +231,6 @@ def test_page_of_excon(page, short_schedules):
 
 
 # ---- the gpu profile, on a CPU ------------------------------------------------------------------------------------
-def write_samples(folder):
-    "Eight photographs of ImageNet's classes, as far as a reader can tell"
-    names = imagenet_wnids()
-    lines = ["file,wnid,class_index,name"]
-    for i, wnid in enumerate(list(names)[:8]):
-        picture(folder / "images" / f"{i}.jpg", 90, 80, seed=i)
-        lines.append(f"images/{i}.jpg,{wnid},{i},thing {i}")
-    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
-
-
 class Thin(ResNet):
     "ResNet-18 with an eighth of the channels"
 
@@ -327,7 +248,7 @@ def gpu_page(page, monkeypatch):
     whole_model = torchvision.models.get_model
     monkeypatch.setattr(torchvision.models, "get_model",
                         lambda name, **options: Thin(options["num_classes"]) if name == "resnet18" else whole_model(name, **options))
-    write_tiny(page.root / "data" / "tiny-imagenet-200")
+    write_six_of_tiny(page.root / "data" / "tiny-imagenet-200")
     write_samples(page.root / "data" / "imagenet-samples")
     for name, value in (("PROFILE", "gpu"), ("UNTIL", "inf")):
         monkeypatch.setenv(f"XAI_COMPANION_{name}", value)

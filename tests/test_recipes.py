@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import in_two_processes, same
-from test_losses import three_loops
+from helpers import in_two_processes, same, three_loops
 from torch import nn
 
 from xai_companion.data.loader import epoch_order

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_datasets import coco_content, needs_coco, write_coco, write_elpv, write_steel, write_voc
+from writers import coco_content, needs_coco, write_coco, write_elpv, write_steel, write_voc
 
 from xai_companion import testbeds
 from xai_companion.cli import main
@@ -39,14 +39,6 @@ def write_labelled_coco(folder):
 WRITERS = {"voc2007": ("VOCdevkit/VOC2007", write_voc, 20), "coco2014": ("coco", write_labelled_coco, 3), "severstal": ("severstal", write_steel, 5)}
 
 
-@pytest.fixture
-def paper_profile(tmp_path, monkeypatch):
-    for name in ("DATA", "REPORTS", "RESULTS"):
-        monkeypatch.setenv(f"XAI_COMPANION_{name}", str(tmp_path / name.lower()))
-    monkeypatch.setenv("XAI_COMPANION_PROFILE", "paper")
-    return tmp_path
-
-
 def prepare(root, name):
     "A tiny set of the true format, and a checkpoint with random weights"
     kind, network = name.split("_")
@@ -71,6 +63,16 @@ def test_the_papers_testbeds(paper_profile, monkeypatch, name):
     own = run.frame[run.frame.explainer == "Grad-CAM"].groupby("position")["drop"].mean()
     assert stored["n"] == 2 and stored["value"] == pytest.approx(100 * own.mean(), rel=1e-5) and stored["paper"]["value"] == 35.8
     assert stored["provenance"]["data"].startswith(name.split("_")[0])
+
+
+@pytest.mark.slow
+@needs_coco
+def test_both_networks_on_coco(paper_profile, monkeypatch):
+    "Beside those above: the fifth testbed"
+    prepare(paper_profile, "coco2014_vgg16")
+    monkeypatch.setitem(OF_PROFILE, "paper", ("coco2014_vgg16",))
+    run, = run_testbeds(lambda network, bed: {"Grad-CAM": GradCAM(network)}, n=2)
+    assert run.frame[list(run.metrics)].notna().all().all() and run.data.startswith("coco2014 val 2 ")
 
 
 def test_solar_cells(paper_profile, monkeypatch, capsys):
