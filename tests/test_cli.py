@@ -22,6 +22,7 @@ from xai_companion.commands.train import _config, _pair, _written
 from xai_companion.core import rank_and_world
 from xai_companion.data.photos import load_image, photos
 from xai_companion.explain import get_explainer
+from xai_companion.explain.contract import assert_untouched, footprint
 from xai_companion.models import load_model
 from xai_companion.viz import as_picture, overlay
 
@@ -249,11 +250,9 @@ def test_a_variant_keeps_its_score():
 
 def test_the_size_check_leaves_no_trace():
     model = load_model("plain_cnn").train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = torch.random.get_rng_state()
+    before = footprint(model, torch.zeros(1))
     assert check_takes(model, (64, 48)) == 20
-    assert model.training and torch.equal(state, torch.random.get_rng_state())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_untouched(before, footprint(model, torch.zeros(1)), "after the size check")
 
 
 # ------------------------------------------------------------------ train

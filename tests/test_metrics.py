@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from xai_companion import viz
 from xai_companion.explain import GradCAM, IntegratedGradients, explain
+from xai_companion.explain.contract import assert_untouched, footprint
 from xai_companion.masking import hidden, normalize_map
 from xai_companion.metrics import (
     METRICS,
@@ -328,15 +329,13 @@ class TestFaithfulness:
         score = FAITHFULNESS[name]
         model.train()
         model.network[1].eval()
-        state = {k: v.clone() for k, v in model.state_dict().items()}
-        modes, random = [m.training for m in model.modules()], torch.get_rng_state()
-        copies = images.clone(), maps.clone()
+        before, copy = footprint(model, images), maps.clone()
         values = score(model, images, maps, TARGETS)
         assert values.shape == (4,) and values.dtype == torch.float32 and not values.requires_grad
         alone = [score(model, images[i:i + 1], maps[i:i + 1], TARGETS[i], chunk=3) for i in range(4)]
         torch.testing.assert_close(torch.cat(alone), values, atol=1e-5, rtol=0)
-        assert [m.training for m in model.modules()] == modes and torch.get_rng_state().equal(random)
-        assert all(v.equal(state[k]) for k, v in model.state_dict().items()) and copies[0].equal(images) and copies[1].equal(maps)
+        assert_untouched(before, footprint(model, images), f"after {name}")
+        assert copy.equal(maps)
         with torch.inference_mode():
             torch.testing.assert_close(score(model, images, maps, TARGETS), values, atol=1e-6, rtol=0)
 
@@ -507,10 +506,10 @@ class TestSanity:
             assert ours[i].item() == pytest.approx(by_hand, rel=1e-3)
 
     def test_nothing_is_left_behind(self, model, images, maps):
-        state = torch.get_rng_state()
-        infidelity(model.train(), images, maps, samples=5)
+        before = footprint(model.train(), images)
+        infidelity(model, images, maps, samples=5)
         sensitivity(GradCAM(model, "3"), images, samples=2)
-        assert model.training and torch.get_rng_state().equal(state) and not any(m._forward_hooks for m in model.modules())
+        assert_untouched(before, footprint(model, images), "after infidelity and sensitivity")
 
 
 def test_registry():

@@ -1,8 +1,6 @@
 """Maps and masks for training: nothing is disturbed, areas are exact, maps travel with their images."""
 import copy
-import random
 
-import numpy as np
 import pytest
 import torch
 from helpers import seed
@@ -13,6 +11,7 @@ from xai_companion.data.augment import cutout, random_crop
 from xai_companion.data.synthetic import creatures
 from xai_companion.explain import EXPLAINERS
 from xai_companion.explain.base import Explainer
+from xai_companion.explain.contract import assert_untouched, footprint, generators
 from xai_companion.models import load_model
 from xai_companion.train.occlusion import (
     CurrentMaps,
@@ -49,25 +48,13 @@ def model(data):
     return model
 
 
-def condition(model):
-    "Everything that taking maps could disturb"
-    tensors = [*model.state_dict().values(), *(p.grad for p in model.parameters() if p.grad is not None), torch.get_rng_state()]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
-    return ([t.clone() for t in tensors], [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()],
-            [p.grad is None for p in model.parameters()], hooks, torch.is_grad_enabled(), random.getstate(), str(np.random.get_state()))
-
-
-def assert_same(before, after):
-    assert before[1:] == after[1:]
-    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
-
-
 @pytest.mark.parametrize("case", METHODS)
 def test_nothing_is_disturbed(model, data, case):
-    images, before = data.image.clone().requires_grad_(), condition(model)
+    images = data.image.clone().requires_grad_()
+    before = footprint(model, images)
     maps = take(model, images, data.label, case)
-    assert_same(before, condition(model))
-    assert images.grad is None and torch.equal(images, data.image) and not maps.requires_grad
+    assert_untouched(before, footprint(model, images), f"after maps of {case}")
+    assert not maps.requires_grad
     assert maps.shape == (6, 1, SIZE, SIZE) and maps.dtype == torch.float32 and maps.amin() == 0 and maps.amax() <= 1
 
 
@@ -76,10 +63,10 @@ def test_nothing_is_disturbed_by_an_exception(model, data, error):
     def fail(module, inputs, output):
         raise error("in the middle of the forward pass")
     handle, make = model.network.block3.register_forward_hook(fail), CurrentMaps(model, layers="block2", signed=True)
-    before = condition(model)
+    before = footprint(model, data.image)
     with pytest.raises(error, match="in the middle"):
         make(data.image, data.label)
-    assert_same(before, condition(model))
+    assert_untouched(before, footprint(model, data.image), "after an exception")
     handle.remove()
 
 
@@ -221,10 +208,10 @@ def test_maps_of_an_explainer_of_ones_own(model, data):
     (lambda m, d: stage_conv(m, "layer9"), ValueError, "no layer 'layer9'"),
 ])
 def test_bad_requests(model, data, call, kind, message):
-    before = condition(model)
+    before = footprint(model, data.image)
     with pytest.raises(kind, match=message):
         call(model, data)
-    assert_same(before, condition(model))
+    assert_untouched(before, footprint(model, data.image), "after a bad request")
 
 
 def test_the_last_convolution_of_a_stage():
@@ -337,9 +324,9 @@ def test_random_masks_follow_their_generator_alone():
     counts = torch.full((4,), 200)
     first = random_masks(counts, (SIZE, SIZE), seed(1))
     torch.manual_seed(99)
-    state = torch.get_rng_state()
+    states = generators()
     assert torch.equal(first, random_masks(counts, (SIZE, SIZE), seed(1)))
-    assert torch.equal(state, torch.get_rng_state())
+    assert generators() == states
     assert not torch.equal(first, random_masks(counts, (SIZE, SIZE), seed(2)))
     assert len({tuple(mask.flatten().tolist()) for mask in first}) == 4
     generator = seed(1)

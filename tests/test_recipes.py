@@ -14,6 +14,7 @@ from torch import nn
 
 from xai_companion.data.loader import epoch_order
 from xai_companion.explain import EXPLAINERS, GradCAM
+from xai_companion.explain.contract import assert_untouched, footprint
 from xai_companion.hooks import classifier_of
 from xai_companion.models import load_model
 from xai_companion.train import RECIPES, Batch, Config, Moment, fit, get_recipe
@@ -168,13 +169,11 @@ def fit_until(settings, stop, folder):
 def test_views_leave_no_trace(name):
     model = net().train()
     recipe = ready(name, model)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    views = seeded_views(recipe, model, LATE[name])
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not views.images.requires_grad
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    batch = batch_of()
+    before = footprint(model, batch.images)
+    views = recipe.views(model, batch, LATE[name], torch.Generator().manual_seed(3))
+    assert_untouched(before, footprint(model, batch.images), f"after views of {name}")
+    assert not views.images.requires_grad
 
 
 @pytest.mark.parametrize("method", ["gradcam", "gradcampp", "saliency", "integrated_gradients", "deeplift", "sise"])

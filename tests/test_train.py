@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from xai_companion.data.datasets import load_dataset
 from xai_companion.data.loader import epoch_order
 from xai_companion.data.synthetic import Synthetic
-from xai_companion.explain.contract import generators
+from xai_companion.explain.contract import assert_untouched, footprint, generators
 from xai_companion.models import conv_blocks, load_model
 from xai_companion.networks import TRAINED
 from xai_companion.train import (
@@ -134,9 +134,9 @@ def test_options_train(options):
 
 def test_evaluation_is_the_plain_one():
     model, (images, labels) = small_net().train(), toy(30)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = footprint(model, images)
     loss, accuracy = loss_and_accuracy(model, images, labels, batch=7)
-    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert_untouched(before, footprint(model, images), "after an evaluation")
     logits = model.eval()(images.float() / 255)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == (logits.argmax(1) == labels).sum().item() / 30
