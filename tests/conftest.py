@@ -1,4 +1,4 @@
-"""What several files of tests need: the site, built once for all processes of a run, and a device that is pretended."""
+"""Fixtures of several files: the site, built once for all processes of a run, and runs with folders of their own; and the pretended device."""
 
 import os
 import subprocess
@@ -41,9 +41,25 @@ def site(build):
 
 
 @pytest.fixture
-def paper_profile(tmp_path, monkeypatch):
-    "A run in the paper profile, with its own data, reports/ and results/"
+def own_run(tmp_path, monkeypatch):
+    "A run at smoke size that records nothing, with its own data, reports/ and results/; gives the folder in which they are"
     for name in ("DATA", "REPORTS", "RESULTS"):
         monkeypatch.setenv(f"XAI_COMPANION_{name}", str(tmp_path / name.lower()))
-    monkeypatch.setenv("XAI_COMPANION_PROFILE", "paper")
+    for name, value in (("PROFILE", "smoke"), ("REPORT", "0"), ("RECORD", "0")):
+        monkeypatch.setenv(f"XAI_COMPANION_{name}", value)
     return tmp_path
+
+
+@pytest.fixture
+def quick(own_run, monkeypatch):
+    "The same in the quick profile, and recording"
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
+    monkeypatch.setenv("XAI_COMPANION_RECORD", "1")
+    return own_run
+
+
+@pytest.fixture
+def paper_profile(own_run, monkeypatch):
+    "The same in the paper profile"
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "paper")
+    return own_run

@@ -16,15 +16,6 @@ ON_GPU = ("methods that mask, resnet18, bfloat16", "Score-CAM, resnet18, bfloat1
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    "A run at smoke size, with its own reports and results"
-    for name, value in (("PROFILE", "smoke"), ("REPORTS", tmp_path / "reports"), ("RESULTS", tmp_path / "results"),
-                        ("REPORT", 0), ("RECORD", 0)):
-        monkeypatch.setenv(f"XAI_COMPANION_{name}", str(value))
-    return tmp_path
-
-
-@pytest.fixture
 def seen(monkeypatch):
     "What the networks of the bench compute in"
     def watched(*arguments):
@@ -37,7 +28,7 @@ def seen(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("compiled" in name)) for name in ON_GPU])
-def test_what_only_a_gpu_measures(small, seen, name):
+def test_what_only_a_gpu_measures(own_run, seen, name):
     "On the CPU: each kind runs, in the precision that its records tell"
     planned = bench.measurements("cuda")
     assert set(planned) - set(bench.measurements()) == set(ON_GPU)
@@ -53,7 +44,7 @@ def test_what_only_a_gpu_measures(small, seen, name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not AVAILABLE, reason="this torch cannot pretend a device")
-def test_on_another_device(small):
+def test_on_another_device(own_run):
     "Everything but what is compiled, on a device that refuses what CUDA refuses"
     with pretending():
         made = {name: work() for name, (_, work) in bench.measurements(NAME).items() if "compiled" not in name}
@@ -62,9 +53,9 @@ def test_on_another_device(small):
             assert r["config"]["device"] == NAME
 
 
-def test_every_measurement_fills_its_tables(small):
+def test_every_measurement_fills_its_tables(own_run):
     "All of it, with images of 32 pixels and hardly any masks; what is kept in files is what is stored"
-    folder = small / "measured"
+    folder = own_run / "measured"
     steps = bench.bench_steps("cpu", folder)
     assert not any(step.done() for step in steps)
     for step in steps:
@@ -72,16 +63,16 @@ def test_every_measurement_fills_its_tables(small):
     assert all(step.done() for step in steps)
     bench.store_measured("cpu", folder)
     for table in bench.TABLES:
-        records = json.loads((small / "reports" / "bench" / f"{table}.smoke.json").read_text())
+        records = json.loads((own_run / "reports" / "bench" / f"{table}.smoke.json").read_text())
         assert records and all(r["value"] > 0 and r["provenance"]["seconds"] > 0 for r in records)
 
 
-def test_the_command(small, monkeypatch, capsys):
+def test_the_command(own_run, monkeypatch, capsys):
     "It measures anew, prints every table, and stores in results/ only when told to"
     planned = {name: bench.measurements()[name] for name in ("methods that mask, resnet18", "Extremal Perturbation")}
     monkeypatch.setattr(bench, "measurements", lambda device: planned)
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
-    left = small / "reports" / "bench" / "measured" / "quick" / "00-of-before.json"
+    left = own_run / "reports" / "bench" / "measured" / "quick" / "00-of-before.json"
     left.parent.mkdir(parents=True)
     left.write_text("what a run of before has left")
     assert bench.store_measured("cpu", left.parent) is None  # of another version: not read
@@ -90,9 +81,9 @@ def test_the_command(small, monkeypatch, capsys):
         assert bench.bench(record=record) == 0
         printed = capsys.readouterr().out
         assert all(f"\n{table}\n" in printed for table in bench.TABLES) and "RISE, 8000 masks: resnet18" in printed
-        assert {file.name for file in (small / "reports" / "bench").glob("*.json")} == wanted
-        assert {file.name for file in (small / "results").glob("bench/*.json")} == (wanted if record else set())
-    assert len(json.loads((small / "results" / "bench" / "seconds.quick.json").read_text())) == 4
+        assert {file.name for file in (own_run / "reports" / "bench").glob("*.json")} == wanted
+        assert {file.name for file in (own_run / "results").glob("bench/*.json")} == (wanted if record else set())
+    assert len(json.loads((own_run / "results" / "bench" / "seconds.quick.json").read_text())) == 4
 
 
 def test_a_slow_reader_is_seen(monkeypatch):

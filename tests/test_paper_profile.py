@@ -115,14 +115,13 @@ def test_a_few_classes_of_a_set_open_no_other_image(tmp_path, monkeypatch):
         explanation_scores(model, lab, metrics=("soft_drop",))
 
 
-def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path, monkeypatch):
+def test_the_time_of_a_run_is_that_of_all_its_parts(quick):
     lab, config = creatures_lab(60, 20), Config(size=32, epochs=2, batch=20)
-    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path / "reports"))
-    _, log = trained(replace(config, data=lab.name, fingerprint=lab.fingerprint), lab, tmp_path)
-    frame = run_rows({"plain": config}, (0,), lab, lambda model, row: {"accuracy": 50.0}, "1", tmp_path)  # finds it trained
+    _, log = trained(replace(config, data=lab.name, fingerprint=lab.fingerprint), lab, quick)
+    frame = run_rows({"plain": config}, (0,), lab, lambda model, row: {"accuracy": 50.0}, "1", quick)  # finds it trained
     assert frame.seconds.tolist() == [log[-1]["seconds"]] and frame.seconds[0] > 0
     store_rows(frame, "edda", "t", ("accuracy",), lab, {"accuracy": 7})
-    assert {row["n"] for row in load("edda", "t", tmp_path / "reports")["quick"]} == {7}
+    assert {row["n"] for row in load("edda", "t", quick / "reports")["quick"]} == {7}
 
 
 # ---- the pages ----------------------------------------------------------------------------------------------------

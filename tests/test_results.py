@@ -23,17 +23,6 @@ from xai_companion.testbeds import OF_PROFILE, TESTBEDS
 STORED = sorted((ROOT / "results").rglob("*.json"))
 
 
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    "A quick, recording run with its own results/ and reports/"
-    for name in ("RESULTS", "REPORTS"):
-        monkeypatch.setenv(f"XAI_COMPANION_{name}", str(tmp_path / name.lower()))
-    monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
-    monkeypatch.setenv("XAI_COMPANION_RECORD", "1")
-    monkeypatch.delenv("XAI_COMPANION_REPORT", raising=False)
-    return tmp_path
-
-
 @pytest.mark.parametrize("file", STORED, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_stored_file(file):
     paper, name = file.relative_to(ROOT / "results").parts
@@ -73,21 +62,21 @@ def test_agreement_without_spread():
     assert agrees(gpu, one)
 
 
-def test_merge_keeps_what_others_stored(folders, monkeypatch):
+def test_merge_keeps_what_others_stored(quick, monkeypatch):
     a, b = (record({"row": row}, 1.0, n=3) for row in "ab")
     save("sise", "t", [a, b])
     save("sise", "t", [record({"row": "a"}, 2.0, n=3), record({"row": "a"}, 3.0, n=3, seed=1)])
     stored = load("sise", "t")["quick"]
     found = [(r["config"]["row"], r["seed"], r["value"]) for r in stored]
     assert found == [("a", 0, 2.0), ("b", 0, 1.0), ("a", 1, 3.0)]
-    assert not list(folders.rglob("*.part"))
+    assert not list(quick.rglob("*.part"))
     monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError):
         save("sise", "t", [record({"row": "c"}, 2.0, n=3)])
-    assert load("sise", "t")["quick"] == stored and not list(folders.rglob("*.part"))
+    assert load("sise", "t")["quick"] == stored and not list(quick.rglob("*.part"))
 
 
-def test_two_that_save_at_once_lose_nothing(folders, monkeypatch):
+def test_two_that_save_at_once_lose_nothing(quick, monkeypatch):
     "The second one begins when the first has read the file, and has not written yet"
     read, second = results._read, Thread(target=save, args=("sise", "t", [record({"row": "b"}, 1.0, n=3)]))
 
@@ -101,19 +90,19 @@ def test_two_that_save_at_once_lose_nothing(folders, monkeypatch):
     monkeypatch.setattr(results, "_read", interrupted)
     save("sise", "t", [record({"row": "a"}, 1.0, n=3)])
     second.join()
-    assert [r["config"]["row"] for r in load("sise", "t", folders / "reports")["quick"]] == ["a", "b"]
+    assert [r["config"]["row"] for r in load("sise", "t", quick / "reports")["quick"]] == ["a", "b"]
 
 
 @pytest.mark.parametrize("profile, record_it", [("smoke", "1"), ("quick", "0"), ("quick", "")])
-def test_not_recorded(folders, monkeypatch, profile, record_it):
+def test_not_recorded(quick, monkeypatch, profile, record_it):
     monkeypatch.setenv("XAI_COMPANION_PROFILE", profile)
     monkeypatch.setenv("XAI_COMPANION_RECORD", record_it)
     save("sise", "t", [record({"row": "a"}, 1.0, n=3)])
-    assert not (folders / "results").exists() and list((folders / "reports").rglob("*.json"))
+    assert not (quick / "results").exists() and list((quick / "reports").rglob("*.json"))
 
 
 @pytest.mark.parametrize("paper, table", [("../sise", "t"), ("sise", "../t"), ("sise", "T 1")])
-def test_names_are_checked(folders, paper, table):
+def test_names_are_checked(quick, paper, table):
     with pytest.raises(ValueError):
         save(paper, table, [record({"row": "a"}, 1.0, n=3)])
 
@@ -130,8 +119,8 @@ def test_schema(change, says):
         validate([good, good])
 
 
-def test_damage_names_the_file(folders):
-    file = folders / "results" / "sise" / "t.cpu.json"
+def test_damage_names_the_file(quick):
+    file = quick / "results" / "sise" / "t.cpu.json"
     file.parent.mkdir(parents=True)
     for text in ("", "[{", "{}", "[1]", '[{"key": "x"}]'):
         file.write_text(text)
@@ -139,7 +128,7 @@ def test_damage_names_the_file(folders):
             show("sise", "t")
 
 
-def test_show(folders, monkeypatch):
+def test_show(quick, monkeypatch):
     save("sise", "t", [record({"row": "A", "version": v}, float(v), "%", n=3) for v in (1, 2)])
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
     save("sise", "t", [record({"row": "B"}, 70.0 + s, "%", n=9, seed=s) for s in range(3)])
@@ -270,7 +259,7 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch):
     assert record({"row": "A"}, 1.0, "%", n=3)["provenance"]["commit"] == "0123456789ab"
 
 
-def test_a_table_without_records_says_its_name(folders):
+def test_a_table_without_records_says_its_name(quick):
     assert list(show("edda", "nothing").index) == ["edda/nothing"]
 
 

@@ -104,7 +104,7 @@ def test_limits_of_photographs(monkeypatch):
         "plain": (500, 8), "imagenet": (1000, 60), "tiny": (1000, 60), "elpv_resnet18": (1000, 60)}
 
 
-def test_limits_reach_the_evaluation(monkeypatch, tmp_path):
+def test_limits_reach_the_evaluation(own_run, monkeypatch):
     asked = {}
 
     def evaluate(explainers, data, metrics, **options):
@@ -115,17 +115,15 @@ def test_limits_reach_the_evaluation(monkeypatch, tmp_path):
     monkeypatch.setitem(TESTBEDS, "plain", replace(TESTBEDS["plain"], own={"cpu": (7, 1800)}))
     monkeypatch.setitem(OF_PROFILE, "cpu", ("plain",))
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
-    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):
         run_testbeds(lambda network, bed: {}, n=1000, budget=250)
     assert (asked["n"], asked["budget"], asked["batch"]) == (7, 1800, 1)
 
 
-def test_a_time_box_that_ends_early_leaves_the_explainers_that_are_done(monkeypatch, tmp_path):
+def test_a_time_box_that_ends_early_leaves_the_explainers_that_are_done(own_run, monkeypatch):
     monkeypatch.setitem(TESTBEDS, "plain", replace(TESTBEDS["plain"], own={"cpu": (4, 60)}))
     monkeypatch.setitem(OF_PROFILE, "cpu", ("plain",))
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
-    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
     both = {"Grad-CAM": GradCAM, "LayerCAM": LayerCAM}
     assert run_testbeds(lambda network, bed: {k: v(network) for k, v in both.items()}, n=4, finished=True) == []
     run_testbeds(lambda network, bed: {"LayerCAM": LayerCAM(network)}, n=4)
@@ -164,24 +162,20 @@ def test_reduced_methods_say_so(monkeypatch):
     assert full["RISE"].n_masks == 8000 and full["Extremal Perturbation"].steps == 800 and full["Extremal Perturbation"].lr == 0.01
 
 
-def test_comparisons_are_paired(monkeypatch, tmp_path):
-    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
-    monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
+def test_comparisons_are_paired(own_run):
     run, = run_testbeds(lambda network, bed: {"a": GradCAM(network), "b": HiResCAM(network, "block2")}, n=4, metrics=("ebpg", "drop"))
     wide = run.frame.pivot(index="position", columns="explainer", values="ebpg")
     np.testing.assert_allclose(differences(run.frame, "b", ["a"], "ebpg")["a"].to_numpy(), 100 * (wide.b - wide.a).to_numpy())
     run.claim("sise", 1, "EBPG", differences(run.frame, "b", ["a"], "ebpg"), ABOVE)
-    stored, = json.loads((tmp_path / "sise" / "claims.smoke.json").read_text())
+    stored, = json.loads((own_run / "reports" / "sise" / "claims.smoke.json").read_text())
     assert stored["value"] == pytest.approx(100 * (wide.b - wide.a).mean(), rel=1e-5) and stored["n"] == 4
 
 
-def test_rows_of_an_explainer_that_has_changed_carry_its_version(monkeypatch, tmp_path):
-    monkeypatch.setenv("XAI_COMPANION_REPORTS", str(tmp_path))
-    monkeypatch.setenv("XAI_COMPANION_PROFILE", "smoke")
+def test_rows_of_an_explainer_that_has_changed_carry_its_version(own_run, monkeypatch):
     monkeypatch.setattr(LayerCAM, "version", 3)
     run, = run_testbeds(lambda network, bed: {"a": GradCAM(network), "b": LayerCAM(network)}, n=2, metrics=("ebpg",))
     run.store("sise", "quality", ["a", "b"])
-    stored = json.loads((tmp_path / "sise" / "quality_plain.smoke.json").read_text())
+    stored = json.loads((own_run / "reports" / "sise" / "quality_plain.smoke.json").read_text())
     assert {(r["config"]["row"], r["config"].get("version")) for r in stored} == {("a", None), ("b", 3)}
 
 
@@ -200,13 +194,12 @@ def test_restricted_network_keeps_its_layers():
     assert torch.allclose(GradCAM(some, "block2").attribute(images, 0), GradCAM(network, "block2").attribute(images, 3), atol=1e-6)
 
 
-def test_steps_do_the_work_of_a_run(tmp_path, monkeypatch):
+def test_steps_do_the_work_of_a_run(own_run, monkeypatch):
     "In a time box; what they did is then read, and without a box there are none"
     from xai_companion import evaluate as module
     from xai_companion.steps import TIME_BOX, take_steps
 
-    for name, value in (("PROFILE", "cpu"), ("REPORTS", str(tmp_path))):
-        monkeypatch.setenv(f"XAI_COMPANION_{name}", value)
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
     monkeypatch.setitem(OF_PROFILE, "cpu", ("plain",))
     sizes = {"n": 6, "metrics": ("ebpg",)}
     explainers = lambda network, bed: {"Grad-CAM": GradCAM(network), "HiRes-CAM": HiResCAM(network)}  # noqa: E731

@@ -45,16 +45,6 @@ from xai_companion.verdicts import (
 )
 
 
-@pytest.fixture
-def quick(tmp_path, monkeypatch):
-    "A quick, recording run with its own results/ and reports/"
-    for name in ("RESULTS", "REPORTS"):
-        monkeypatch.setenv(f"XAI_COMPANION_{name}", str(tmp_path / name.lower()))
-    monkeypatch.setenv("XAI_COMPANION_PROFILE", "quick")
-    monkeypatch.setenv("XAI_COMPANION_RECORD", "1")
-    return tmp_path
-
-
 def test_p_is_scipys():
     a, b = np.random.default_rng(0).normal(size=(2, 25))
     assert paired_p(a - b) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
