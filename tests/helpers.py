@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from xai_companion.cli import main, parser
+
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = sorted(file.relative_to(NBS) for file in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in file.parts)
@@ -25,6 +27,16 @@ def rand(*shape, seed=0):
 def same(a, b):
     "Two networks have the same bits"
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def parsed(*words):
+    "The arguments of a command, parsed"
+    return parser().parse_args(list(map(str, words)))
+
+
+def command(*words):
+    "The exit code of a command, run in this process; errors come through with --debug only"
+    return main(list(map(str, words)))
 
 
 def one_of_two(rank, work, folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import QUIET
+from helpers import QUIET, parsed
 from PIL import Image
 from writers import write_tiny
 
@@ -256,12 +256,6 @@ def test_the_size_check_leaves_no_trace():
 
 
 # ------------------------------------------------------------------ train
-
-
-def parsed(*words):
-    "The arguments of a command, parsed"
-    from xai_companion.cli import parser
-    return parser().parse_args(list(map(str, words)))
 
 
 @pytest.mark.parametrize("words, name", [

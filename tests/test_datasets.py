@@ -1,6 +1,5 @@
 """Data sets: every format on small files written here by hand, whole and damaged; the real sets where they are."""
 
-import argparse
 import functools
 import http.server
 import pickle
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import command
 from PIL import Image
 from writers import (
     VOC_ONE,
@@ -842,26 +842,17 @@ def test_every_address_has_a_checksum_where_torchvision_knows_one():
             assert url.startswith("http") and len(md5) == 32
 
 
-def command(*words):
-    from xai_companion.commands.data import add_data
-
-    parser = argparse.ArgumentParser()
-    add_data(parser.add_subparsers(required=True))
-    args = parser.parse_args(["data", *words])
-    return args.run(args)
-
-
 def test_command(server, tmp_path, capsys):
     root = str(tmp_path / "root")
-    assert command("get", "tiny_imagenet", "--root", root, "--mirror", server[1], "--subset") == 0
+    assert command("data", "get", "tiny_imagenet", "--root", root, "--mirror", server[1], "--subset") == 0
     assert "tiny_imagenet is in" in capsys.readouterr().out
-    assert command("list", "--root", root) == 0
+    assert command("data", "list", "--root", root) == 0
     listed = capsys.readouterr().out
     assert "tiny_imagenet    present        train, val" in listed and "Kaggle" in listed and root in listed
-    assert command("check", "tiny_imagenet", "--root", root, "--subset", "--fast") == 0
+    assert command("data", "check", "tiny_imagenet", "--root", root, "--subset", "--fast") == 0
     assert "tiny_imagenet val: 3 images, 3 opened, 3 classes, 3 with boxes" in capsys.readouterr().out
     with pytest.raises(DataError):
-        command("check", "tiny_imagenet", "--root", root)
+        command("--debug", "data", "check", "tiny_imagenet", "--root", root)
 
 
 # ---- the real sets -----------------------------------------------------------------------------------------------
@@ -1037,10 +1028,10 @@ def test_what_the_command_passes_on(monkeypatch, tmp_path):
     asked = []
     for name in ("check_dataset", "get_dataset"):
         monkeypatch.setattr(f"xai_companion.data.datasets.{name}", lambda *arguments, **options: asked.append((*arguments, options)) or [])
-    command("check", "cifar10", "--root", str(tmp_path), "--split", "test", "--fast")
-    command("check", "cifar10", "--subset")
-    command("get", "svhn", "--root", str(tmp_path), "--split", "extra", "--mirror", "file:///a")
-    command("get", "svhn", "--subset")
+    command("data", "check", "cifar10", "--root", str(tmp_path), "--split", "test", "--fast")
+    command("data", "check", "cifar10", "--subset")
+    command("data", "get", "svhn", "--root", str(tmp_path), "--split", "extra", "--mirror", "file:///a")
+    command("data", "get", "svhn", "--subset")
     assert asked == [("cifar10", "test", str(tmp_path), {"counts": True, "fast": True}), ("cifar10", None, None, {"counts": False, "fast": False}),
                      ("svhn", "extra", str(tmp_path), {"mirror": "file:///a", "verify": True}),
                      ("svhn", None, None, {"mirror": None, "verify": False})]

@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import QUIET
+from helpers import QUIET, command
 from torchvision.utils import save_image
 
-from xai_companion.cli import main
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.synthetic import Synthetic
 from xai_companion.evaluate import (
@@ -411,8 +410,8 @@ def test_several_processes_need_a_folder(network, monkeypatch):
 # ------------------------------------------------------------------ from a terminal
 
 
-def command(*words):
-    return main(["evaluate", "--model", "plain_cnn", "--methods", "gradcam", "--device", "cpu", *map(str, words)])
+def evaluated(*words):
+    return command("evaluate", "--model", "plain_cnn", "--methods", "gradcam", "--device", "cpu", *words)
 
 
 def test_ctrl_c_says_where_it_goes_on(tmp_path, monkeypatch, capsys):
@@ -424,12 +423,12 @@ def test_ctrl_c_says_where_it_goes_on(tmp_path, monkeypatch, capsys):
         add(self, *arguments)
 
     monkeypatch.setattr(Ledger, "add", stop)
-    assert command("--n", 12, "--batch", 4, "--out", tmp_path) == 130
+    assert evaluated("--n", 12, "--batch", 4, "--out", tmp_path) == 130
     assert f"stopped: the finished batches are in {tmp_path / 'batches'}" in capsys.readouterr().err
     monkeypatch.setattr(Ledger, "add", add)
     calls = []
     monkeypatch.setattr(GradCAM, "attribute", lambda self, *a, inner=GradCAM.attribute: calls.append(0) or inner(self, *a))
-    assert command("--n", 12, "--batch", 4, "--out", tmp_path) == 0 and len(calls) == 1
+    assert evaluated("--n", 12, "--batch", 4, "--out", tmp_path) == 0 and len(calls) == 1
 
 
 def test_a_folder_of_images(tmp_path, capsys):
@@ -443,7 +442,7 @@ def test_a_folder_of_images(tmp_path, capsys):
             place = tmp_path / "photos" / data.classes[item.label]
             place.mkdir(parents=True, exist_ok=True)
             save_image(item.image, place / f"{i}.png")
-    assert command("--data", tmp_path / "photos", "--metrics", "drop", "--out", tmp_path / "out") == 0
+    assert evaluated("--data", tmp_path / "photos", "--metrics", "drop", "--out", tmp_path / "out") == 0
     rows = pd.read_csv(tmp_path / "out" / "rows.csv")
     for row in rows.to_dict("records"):
         image = data[int(row["name"].split("/")[-1].removesuffix(".png"))]
@@ -452,13 +451,13 @@ def test_a_folder_of_images(tmp_path, capsys):
         assert chosen[row["label"]] == image.label and row["probability"] == pytest.approx(said[row["label"]].item(), abs=0.02)  # the files have bytes
     assert len(rows) >= len(chosen) > 2 and rows["drop"].notna().all() and "imagefolder" in capsys.readouterr().out
     (tmp_path / "photos" / data.classes[chosen[0]]).rename(tmp_path / "photos" / "dragon")
-    assert command("--data", tmp_path / "photos", "--out", tmp_path / "out") == 2
+    assert evaluated("--data", tmp_path / "photos", "--out", tmp_path / "out") == 2
     assert "the folders dragon are not named" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, says", [(("--size", "0"), "size must be"), (("--data", "cifar1"), "did you mean 'cifar10' or 'cifar100'")])
 def test_mistakes_on_the_command_line(tmp_path, capsys, words, says):
-    assert command(*words, "--out", tmp_path / "out") == 2
+    assert evaluated(*words, "--out", tmp_path / "out") == 2
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -467,7 +466,7 @@ def test_classes_are_counted_at_the_size_that_is_evaluated(tmp_path, capsys, mon
     (tmp_path / "flat.py").write_text("from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 20))\n")
     monkeypatch.chdir(tmp_path)
     words = ("--model", "flat:make", "--methods", "saliency", "--metrics", "drop", "--n", "2", "--size", "16", "--device", "cpu", "--out", tmp_path / "out")
-    assert main(["evaluate", *map(str, words)]) == 0 and (tmp_path / "out" / "summary.csv").is_file(), capsys.readouterr().err
+    assert command("evaluate", *words) == 0 and (tmp_path / "out" / "summary.csv").is_file(), capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -529,7 +528,7 @@ def test_what_the_command_passes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("xai_companion.evaluate.evaluate", asked)
     (tmp_path / "batches").mkdir()
     (tmp_path / "batches" / "old").touch()
-    words, usual = ("evaluate", "--model", "plain_cnn", "--device", "cpu", "--out", str(tmp_path)), {"folder": tmp_path / "batches", "device": "cpu"}
+    words, usual = ("evaluate", "--model", "plain_cnn", "--device", "cpu", "--out", tmp_path), {"folder": tmp_path / "batches", "device": "cpu"}
     for more, wanted in (
             ((), (["gradcam", "sise"], "val", ["ebpg", "miou", "bbox", "drop", "increase"],
                   usual | dict(n=None, seed=0, size=None, batch=8, budget=None, score="softmax", kept=True))),
@@ -537,7 +536,7 @@ def test_what_the_command_passes_on(tmp_path, monkeypatch, capsys):
               "--budget", 2.5, "--score", "logit", "--fresh"),
              (["rise:n_masks=9"], "test", ["drop"], usual | dict(n=3, seed=4, size=48, batch=5, budget=2.5, score="logit", kept=False)))):
         with pytest.raises(Asked) as found:
-            main([*words, *map(str, more)])
+            command(*words, *more)
         assert found.value.args == wanted
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([*words, "--fresh"]) == 2 and "--fresh deletes what other processes may be writing" in capsys.readouterr().err
+    assert command(*words, "--fresh") == 2 and "--fresh deletes what other processes may be writing" in capsys.readouterr().err

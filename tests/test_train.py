@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import QUIET, ROOT, same
+from helpers import QUIET, ROOT, command, parsed, same
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -525,18 +525,8 @@ def test_memory(monkeypatch, stopping):
 # ------------------------------------------------------------------ the command
 
 
-def parse(*words):
-    import argparse
-
-    from xai_companion.commands.train import add_train
-    top = argparse.ArgumentParser()
-    add_train(top.add_subparsers(required=True))
-    return top.parse_args(["train", *map(str, words)])
-
-
 def run(*words):
-    args = parse(*words)
-    return args.run(args)
+    return command("train", *words)
 
 
 @pytest.fixture(scope="module")
@@ -661,7 +651,7 @@ def test_command_on_classes_of_any_size(tmp_path, capsys):
     assert run(*words) == 0 and "16 training and 5 validation images, 3 classes" in capsys.readouterr().out
     assert run(*words, "--images", 8) == 0 and "8 training and 5 validation images, 3 classes" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no training image shows [abc]: add images"):
-        run(*words, "--images", 2)
+        run("--debug", *words, "--images", 2)
 
 
 def test_command_with_a_recipe_and_its_options(photos, tmp_path, capsys):
@@ -674,7 +664,7 @@ def test_command_with_a_recipe_and_its_options(photos, tmp_path, capsys):
     table = pd.read_csv(file.parent / "log.csv")
     assert table.part.tolist() == ["encoder", "classifier"] * 2 and table.accepted.notna().tolist() == [True, False] * 2
     with pytest.raises(ValueError, match="no option 'taus'.*did you mean 'tau'"):
-        run("--recipe", "excon", "--set", "taus=1", "--out", tmp_path)
+        run("--debug", "--recipe", "excon", "--set", "taus=1", "--out", tmp_path)
 
 
 def test_command_goes_on_from_weights(photos, tmp_path):
@@ -695,9 +685,9 @@ def test_command_goes_on_from_weights(photos, tmp_path):
         assert run("--data", photos / "plain", *SHORT, "--weights", word, "--out", tmp_path / "a") == 0
     assert [*(tmp_path / "a").rglob("model.pt")] == [file]
     with pytest.raises(ValueError, match="weights of plain_cnn, not of residual_cnn"):
-        run("--data", photos / "plain", *SHORT, "--weights", file, "--model", "residual_cnn", "--out", tmp_path / "d")
+        run("--debug", "--data", photos / "plain", *SHORT, "--weights", file, "--model", "residual_cnn", "--out", tmp_path / "d")
     with pytest.raises(FileNotFoundError, match="no weights file"):
-        run("--data", photos / "plain", *SHORT, "--weights", tmp_path / "missing.pt", "--out", tmp_path / "d")
+        run("--debug", "--data", photos / "plain", *SHORT, "--weights", tmp_path / "missing.pt", "--out", tmp_path / "d")
 
 
 def test_command_with_a_schedule_of_a_paper(photos, tmp_path):
@@ -713,7 +703,7 @@ def test_command_with_a_schedule_of_a_paper(photos, tmp_path):
     ("edda", {"layers": "layer4.2.conv3", "start": 0.0}), ("ce", {})])
 def test_another_recipe_keeps_the_options_that_it_has(recipe, options):
     from xai_companion.commands.train import _config
-    config = _config(parse("--config", "excon_tiny_imagenet", "--recipe", recipe))
+    config = _config(parsed("train", "--config", "excon_tiny_imagenet", "--recipe", recipe))
     assert (config.options, config.lr, config.model) == (options, 0.5, "resnet50")
 
 
@@ -730,7 +720,7 @@ def test_command_reads_batch_by_batch(photos, tmp_path):
     models = [load_model("plain_cnn", next((tmp_path / part).rglob("model.pt"))) for part in ("whole", "stream")]
     assert same(*models)
     with pytest.raises(ValueError, match="need a val folder"):
-        run("--data", photos / "plain", *SHORT, "--workers", 0, "--out", tmp_path / "none")
+        run("--debug", "--data", photos / "plain", *SHORT, "--workers", 0, "--out", tmp_path / "none")
 
 
 def test_command_on_the_creatures(tmp_path, capsys):
@@ -755,7 +745,7 @@ def test_command_on_the_creatures(tmp_path, capsys):
 ])
 def test_mistakes_on_the_command_line(photos, tmp_path, words, error, says):
     with pytest.raises(error, match=says):
-        run("--data", photos / "plain", *SHORT, "--out", tmp_path / "out", *words)
+        run("--debug", "--data", photos / "plain", *SHORT, "--out", tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -766,9 +756,9 @@ def test_one_class_and_other_classes(photos, tmp_path):
         for i in range(4):
             save_image(torch.full((3, 16, 16), 0.1 * i), tmp_path / part / kind / f"{i}.png")
     with pytest.raises(ValueError, match="two classes or more"):
-        run("--data", tmp_path / "one", *SHORT, "--out", tmp_path / "out")
+        run("--debug", "--data", tmp_path / "one", *SHORT, "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="the classes of the parts differ"):
-        run("--data", tmp_path / "two", *SHORT, "--out", tmp_path / "out")
+        run("--debug", "--data", tmp_path / "two", *SHORT, "--out", tmp_path / "out")
 
 
 def test_several_classes_per_image(monkeypatch, tmp_path):
@@ -778,22 +768,19 @@ def test_several_classes_per_image(monkeypatch, tmp_path):
         name, multi_label, classes = "street", True, ["car", "bus"]
     monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda *arguments, **options: Street())
     with pytest.raises(ValueError, match="street has several classes per image"):
-        run("--data", "voc2012", *SHORT, "--out", tmp_path / "out")
+        run("--debug", "--data", "voc2012", *SHORT, "--out", tmp_path / "out")
 
 
 def test_too_many_images_for_the_memory(monkeypatch, photos, tmp_path):
     monkeypatch.setattr(tensors, "_free_memory", lambda device: 1000)
     with pytest.raises(RuntimeError, match="30 images of 16 pixels.*take a smaller size or fewer images"):
-        run("--data", photos / "plain", *SHORT, "--out", tmp_path / "out")
+        run("--debug", "--data", photos / "plain", *SHORT, "--out", tmp_path / "out")
 
 
 def test_ctrl_c(photos, tmp_path):
-    code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_train import SHORT, run
-sys.exit(run("--data", {str(photos / 'plain')!r}, *SHORT, "--epochs", 10000, "--out", {str(tmp_path)!r}))
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | QUIET, stderr=subprocess.PIPE, text=True,
+    words = ("train", "--data", photos / "plain", *SHORT, "--epochs", 10000, "--out", tmp_path)
+    code = "import sys; from xai_companion.cli import main; sys.exit(main())"
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], env=os.environ | QUIET, stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and not list(tmp_path.rglob("log.csv")):
         time.sleep(0.01)
@@ -1105,9 +1092,9 @@ def test_a_new_classifier_is_drawn_by_the_seed_alone():
     (("--recipe", "edda", "--set", "layers=block3"), "--recipe edda --data synthetic --model plain_cnn --set layers=block3")])
 def test_a_command_is_written_so_that_it_reads_the_same(words, written):
     from xai_companion.commands.train import _config, _written
-    args = parse(*words)
+    args = parsed("train", *words)
     assert _written(args, _config(args)) == f"xai-companion train {written}"
-    assert _config(parse(*shlex.split(_written(args, _config(args)))[2:])) == _config(args)
+    assert _config(parsed("train", *shlex.split(_written(args, _config(args)))[2:])) == _config(args)
 
 
 def test_which_images_the_command_asks_for(photos, tmp_path, monkeypatch):
