@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from xai_companion.cli import main, parser
+from xai_companion.train import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -24,9 +26,39 @@ def rand(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def noise(count=12, channels=3, height=16, width=None, number=0):
+    "Images of bytes"
+    return torch.randint(256, (count, channels, height, width or height), generator=seed(number)).byte()
+
+
+def equal(one, two):
+    "Two lists of tensors have the same values"
+    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
 def same(a, b):
     "Two networks have the same bits"
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def toy(count=40, classes=3, size=16, seed=0):
+    "Noise whose brightest channel is the class"
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 180, (count, 3, size, size), generator=generator)
+    labels = torch.arange(count) % classes
+    images[torch.arange(count), labels] += 75
+    return images.byte(), labels
+
+
+def small_net(classes=3, seed=0):
+    "Convolution, batch norm, dropout, linear"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                             nn.Dropout(0.3), nn.Linear(24, classes))
+
+
+BASE = Config(model="own", size=16, epochs=4, batch=8, lr=0.05)
 
 
 def parsed(*words):

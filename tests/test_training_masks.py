@@ -395,7 +395,7 @@ def test_refresh():
     assert cache.stale([0, 1, 2], 12, 1).tolist() == [True, True, False] and cache.stale([0, 1, 2], 13, 1).all()
 
 
-def test_cache_keeps_maps_by_number(data):
+def test_cache_keeps_maps_by_number():
     cache, maps = MapCache(10, SIZE), torch.rand(6, 1, SIZE, SIZE, generator=seed())
     index = torch.tensor([7, 0, 3, 9, 2, 5])
     cache.put(index, maps, 0)
