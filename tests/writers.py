@@ -222,3 +222,25 @@ def write_elpv(folder):
         lines.append(f"images/{file.name}   {probability}  {('mono', 'poly')[i // 16]}\n")
     (folder / "labels.csv").write_text("".join(lines))
     return folder
+
+
+def write_squares(folder, sizes=(16,), count=4):
+    "Red and blue pictures, a folder each; masks and boxes of their left halves"
+    boxes = []
+    for name, channel in (("blue", 2), ("red", 0)):
+        for i in range(count):
+            side = sizes[i % len(sizes)]
+            pixels = np.zeros((side, side, 3), dtype=np.uint8)
+            pixels[:, : side // 2, channel] = 200
+            for place, content in (("pictures", pixels), ("masks", (pixels > 0).any(2).astype(np.uint8) * 255)):
+                (folder / place / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(content).save(folder / place / name / f"{i}.png")
+            boxes.append(f"{name}/{i}.png,0,0,{side // 2},{side}\n")
+    (folder / "boxes.csv").write_text("file,x0,y0,x1,y1\n" + "".join(boxes))
+    (folder / "my_red_model.py").write_text(
+        "import torch\nfrom torch import nn\n\nclass Red(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.scale = nn.Parameter(torch.ones(1))\n"
+        "    def forward(self, x):\n        red = x[:, 0].mean((1, 2)) - x[:, 2].mean((1, 2))\n"
+        "        return torch.stack([-red, red], 1) * self.scale\n\n"
+        "def make():\n    return Red()\n\ndef number():\n    return 7\n")
+    return folder
