@@ -455,12 +455,6 @@ def test_a_folder_of_images(tmp_path, capsys):
     assert "the folders dragon are not named" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, says", [(("--size", "0"), "size must be"), (("--data", "cifar1"), "did you mean 'cifar10' or 'cifar100'")])
-def test_mistakes_on_the_command_line(tmp_path, capsys, words, says):
-    assert evaluated(*words, "--out", tmp_path / "out") == 2
-    assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
 def test_classes_are_counted_at_the_size_that_is_evaluated(tmp_path, capsys, monkeypatch):
     "A network for one size of images, asked to squash others to it"
     (tmp_path / "flat.py").write_text("from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 20))\n")

@@ -219,6 +219,24 @@ class TestLocalization:
         with pytest.raises(ValueError, match="negative"):
             ebpg(maps - 0.5, masks, normalize=False)
 
+    def test_arrays_are_no_tensors(self):
+        maps, masks = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 1, 4, 4), bool)
+        with pytest.raises(TypeError, match="got ndarray: torch.from_numpy"):
+            ebpg(torch.from_numpy(maps), masks)
+        with pytest.raises(TypeError, match="maps must be a float tensor .*, got ndarray"):
+            ebpg(maps, torch.from_numpy(masks))
+
+    def test_pointing_game_default_tolerance_is_a_whole_number(self):
+        maps, masks = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+        maps[0, 0, 0, 0], masks[0, 0, 4, 1] = 1, True  # sqrt(17) = 4.12 away; 64 * 15 / 224 = 4.29 is rounded to 4
+        assert pointing_game(maps, masks).item() == 0
+
+    def test_ebpg_of_a_map_with_a_small_sum(self):
+        maps, masks = torch.zeros(1, 1, 20, 20), square()
+        maps[masks.nonzero()[0].unbind()] = 1  # one pixel: its sum is 1
+        assert ebpg(maps, masks).item() == 1
+        assert ebpg(maps / 4, masks, normalize=False).item() == 1
+
 
 def slow_scores(model, images, masks, target, start):
     "Probability of the class for each image with a mask, one at a time"
@@ -385,10 +403,33 @@ class TestFaithfulness:
                 score(model, images, maps, score="logit")
         with pytest.raises(ValueError, match="probabilities"):
             drop(torch.tensor([3.0]), torch.tensor([1.0]))
-        with pytest.raises(ValueError, match="same images"):
-            win_rate(torch.rand(3), torch.rand(4))
         with pytest.raises(ValueError, match="top"):
             increase_rate(model, images, maps, top=15)
+
+    def test_curves_have_28_steps(self, model, images, maps):
+        there, back = insertion_curve(model, images, maps), deletion_curve(model, images, maps)
+        assert there.shape == back.shape == (4, 29)
+        for score, curve in ((insertion_auc, there), (deletion_auc, back)):
+            share = torch.tensor([j * 120 // 28 / 120 for j in range(29)])
+            torch.testing.assert_close(score(model, images, maps), torch.trapezoid(curve, share))
+
+    def test_drop_and_increase_take_one_score_per_image(self):
+        for of in (drop, increase):
+            for before, after in ((torch.rand(2, 3), torch.rand(2, 3)), (torch.rand(0), torch.rand(0)), (torch.rand(3), torch.rand(4))):
+                with pytest.raises(ValueError, match="same images"):
+                    of(before, after)
+
+    def test_win_rate_needs_drops_of_the_same_images(self):
+        for a, b in ((torch.rand(3), torch.rand(4)), (torch.rand(0), torch.rand(0)), (torch.rand(2, 2), torch.rand(2, 2))):
+            with pytest.raises(ValueError, match="same images"):
+                win_rate(a, b)
+        with pytest.raises(ValueError, match="a drop is NaN"):
+            win_rate(torch.tensor([0.1, float("nan")]), torch.rand(2))
+
+
+def _ece_of_the_diagram(confidence, correct):
+    figure = viz.reliability_diagram(confidence, correct, 10)
+    return float(figure.axes[0].get_title(loc="right").removeprefix("ECE ").removesuffix(" %"))
 
 
 class TestCalibration:
@@ -447,6 +488,27 @@ class TestCalibration:
             expected_calibration_error(self.probs, self.labels, bins=0)
         with pytest.raises(ValueError, match="bounds"):
             temperature_scaling(self.probs, self.labels, bounds=(2, 3))
+
+    def test_probabilities_below_0_are_refused_though_they_sum_to_1(self):
+        for score in (expected_calibration_error, negative_log_likelihood, brier_score):
+            with pytest.raises(ValueError, match="softmax"):
+                score(torch.tensor([[1.2, -0.2]]), torch.tensor([0]))
+
+    def test_temperature_stays_within_the_bounds(self):
+        logits, labels = torch.tensor([[2 * math.log(3), 0.0]] * 4), torch.tensor([0, 0, 0, 1])  # best at 2, times the factor
+        assert temperature_scaling(3 * logits, labels, bounds=(0.05, 3)) == pytest.approx(3, rel=1e-5)
+        assert temperature_scaling(0.25 * logits, labels, bounds=(0.8, 20)) == pytest.approx(0.8, rel=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_a_confidence_on_an_edge_belongs_to_the_bin_below(self, dtype):
+        """0.1 to 0.9 as decimal fractions are edges of ten bins, in every precision: two neighbours never share a bin. The rest of the
+        probability is spread over ten other classes. The diagram says what the metric says."""
+        for tenth in range(1, 9):
+            confident = torch.tensor([tenth / 10, (tenth + 1) / 10], dtype=dtype)
+            probs = torch.cat([confident[:, None], ((1 - confident) / 10)[:, None].expand(-1, 10)], 1)
+            expected = (confident.double()[0] / 2 + (1 - confident.double()[1]) / 2).item()  # the first is wrong, the second right
+            assert expected_calibration_error(probs, torch.tensor([1, 0]), 10).item() == pytest.approx(expected, abs=1e-6)
+            assert _ece_of_the_diagram(confident, torch.tensor([False, True])) == pytest.approx(100 * expected, abs=0.051)
 
 
 def batches(rank=None):
@@ -511,6 +573,23 @@ class TestSanity:
         sensitivity(GradCAM(model, "3"), images, samples=2)
         assert_untouched(before, footprint(model, images), "after infidelity and sensitivity")
 
+    def test_sanity_needs_samples(self, model, images, maps):
+        with pytest.raises(ValueError, match="samples must be a whole number"):
+            sensitivity(GradCAM(model, "3"), images, samples=0)
+        with pytest.raises(ValueError, match="samples must be a whole number"):
+            infidelity(model, images, maps, samples=0)
+        for radius in (-0.1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="radius"):
+                sensitivity(GradCAM(model, "3"), images, radius=radius)
+        with pytest.raises(ValueError, match="side must be a whole number"):
+            infidelity(model, images, torch.rand(len(images), 1, *images.shape[2:]), side=2.5)
+
+    def test_infidelity_hides_a_quarter_of_the_shorter_side(self, model, images, maps):
+        images, maps = images[..., :9], maps[..., :9]
+        assert infidelity(model, images, maps, samples=20).equal(infidelity(model, images, maps, side=2, samples=20))  # 9 // 4
+        images, maps = images[..., :3], maps[..., :3]
+        assert infidelity(model, images, maps, samples=20).equal(infidelity(model, images, maps, side=1, samples=20))  # at least a pixel
+
 
 def test_registry():
     assert set(METRICS) == {*LOCALIZATION, *FAITHFULNESS}
@@ -518,95 +597,3 @@ def test_registry():
     assert {n for n, m in METRICS.items() if m.better == "low"} == {"drop", "deletion", "soft_drop"}
     assert len({m.label for m in METRICS.values()}) == len(METRICS)
     assert METRICS["drop"].scale == 100 and METRICS["insertion"].scale == 1
-
-
-def test_arrays_are_no_tensors():
-    maps, masks = np.ones((1, 1, 4, 4), np.float32), np.ones((1, 1, 4, 4), bool)
-    with pytest.raises(TypeError, match="got ndarray: torch.from_numpy"):
-        ebpg(torch.from_numpy(maps), masks)
-    with pytest.raises(TypeError, match="maps must be a float tensor .*, got ndarray"):
-        ebpg(maps, torch.from_numpy(masks))
-
-
-def test_pointing_game_default_tolerance_is_a_whole_number():
-    maps, masks = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64, dtype=torch.bool)
-    maps[0, 0, 0, 0], masks[0, 0, 4, 1] = 1, True  # sqrt(17) = 4.12 away; 64 * 15 / 224 = 4.29 is rounded to 4
-    assert pointing_game(maps, masks).item() == 0
-
-
-def test_ebpg_of_a_map_with_a_small_sum():
-    maps, masks = torch.zeros(1, 1, 20, 20), square()
-    maps[masks.nonzero()[0].unbind()] = 1  # one pixel: its sum is 1
-    assert ebpg(maps, masks).item() == 1
-    assert ebpg(maps / 4, masks, normalize=False).item() == 1
-
-
-def test_curves_have_28_steps(model, images, maps):
-    there, back = insertion_curve(model, images, maps), deletion_curve(model, images, maps)
-    assert there.shape == back.shape == (4, 29)
-    for score, curve in ((insertion_auc, there), (deletion_auc, back)):
-        share = torch.tensor([j * 120 // 28 / 120 for j in range(29)])
-        torch.testing.assert_close(score(model, images, maps), torch.trapezoid(curve, share))
-
-
-def test_drop_and_increase_take_one_score_per_image():
-    for of in (drop, increase):
-        for before, after in ((torch.rand(2, 3), torch.rand(2, 3)), (torch.rand(0), torch.rand(0)), (torch.rand(3), torch.rand(4))):
-            with pytest.raises(ValueError, match="same images"):
-                of(before, after)
-
-
-def test_probabilities_below_0_are_refused_though_they_sum_to_1():
-    for score in (expected_calibration_error, negative_log_likelihood, brier_score):
-        with pytest.raises(ValueError, match="softmax"):
-            score(torch.tensor([[1.2, -0.2]]), torch.tensor([0]))
-
-
-def test_temperature_stays_within_the_bounds():
-    logits, labels = torch.tensor([[2 * math.log(3), 0.0]] * 4), torch.tensor([0, 0, 0, 1])  # best at 2, times the factor
-    assert temperature_scaling(3 * logits, labels, bounds=(0.05, 3)) == pytest.approx(3, rel=1e-5)
-    assert temperature_scaling(0.25 * logits, labels, bounds=(0.8, 20)) == pytest.approx(0.8, rel=1e-5)
-
-
-def test_sanity_needs_samples(model, images, maps):
-    with pytest.raises(ValueError, match="samples must be a whole number"):
-        sensitivity(GradCAM(model, "3"), images, samples=0)
-    with pytest.raises(ValueError, match="samples must be a whole number"):
-        infidelity(model, images, maps, samples=0)
-    for radius in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="radius"):
-            sensitivity(GradCAM(model, "3"), images, radius=radius)
-    with pytest.raises(ValueError, match="side must be a whole number"):
-        infidelity(model, images, torch.rand(len(images), 1, *images.shape[2:]), side=2.5)
-
-
-def test_infidelity_hides_a_quarter_of_the_shorter_side(model, images, maps):
-    images, maps = images[..., :9], maps[..., :9]
-    assert infidelity(model, images, maps, samples=20).equal(infidelity(model, images, maps, side=2, samples=20))  # 9 // 4
-    images, maps = images[..., :3], maps[..., :3]
-    assert infidelity(model, images, maps, samples=20).equal(infidelity(model, images, maps, side=1, samples=20))  # at least a pixel
-
-
-def test_win_rate_needs_drops_of_the_same_images():
-    for a, b in ((torch.rand(3), torch.rand(4)), (torch.rand(0), torch.rand(0)), (torch.rand(2, 2), torch.rand(2, 2))):
-        with pytest.raises(ValueError, match="same images"):
-            win_rate(a, b)
-    with pytest.raises(ValueError, match="a drop is NaN"):
-        win_rate(torch.tensor([0.1, float("nan")]), torch.rand(2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_confidence_on_an_edge_belongs_to_the_bin_below(dtype):
-    """0.1 to 0.9 as decimal fractions are edges of ten bins, in every precision: two neighbours never share a bin. The rest of the
-    probability is spread over ten other classes. The diagram says what the metric says."""
-    for tenth in range(1, 9):
-        confident = torch.tensor([tenth / 10, (tenth + 1) / 10], dtype=dtype)
-        probs = torch.cat([confident[:, None], ((1 - confident) / 10)[:, None].expand(-1, 10)], 1)
-        expected = (confident.double()[0] / 2 + (1 - confident.double()[1]) / 2).item()  # the first is wrong, the second right
-        assert expected_calibration_error(probs, torch.tensor([1, 0]), 10).item() == pytest.approx(expected, abs=1e-6)
-        assert _ece_of_the_diagram(confident, torch.tensor([False, True])) == pytest.approx(100 * expected, abs=0.051)
-
-
-def _ece_of_the_diagram(confidence, correct):
-    figure = viz.reliability_diagram(confidence, correct, 10)
-    return float(figure.axes[0].get_title(loc="right").removeprefix("ECE ").removesuffix(" %"))
