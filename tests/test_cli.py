@@ -302,7 +302,7 @@ def test_train_under_torchrun(place, tmp_path):
     assert done.stdout.count("16 training and 4 validation images") == done.stdout.count("trained in") == 1
 
 
-def test_evaluate_meets_on_the_device_that_was_chosen(place, monkeypatch, capsys):
+def test_evaluate_meets_on_the_device_that_was_chosen(place, monkeypatch):
     "Under torchrun the device decides how the processes talk, and `auto` is no device"
     class Met(Exception):
         pass

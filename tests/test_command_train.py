@@ -127,7 +127,7 @@ def test_command_reads_batch_by_batch(photos, tmp_path):
         run("--debug", "--data", photos / "plain", *SHORT, "--workers", 0, "--out", tmp_path / "none")
 
 
-def test_command_with_a_recipe_and_its_options(photos, tmp_path, capsys):
+def test_command_with_a_recipe_and_its_options(photos, tmp_path):
     assert run("--data", photos / "plain", *SHORT, "--epochs", 2, "--recipe", "exconb", "--set", "tau=0.25", "--set", "method=hirescam",
                "--set", "start=0", "--out", tmp_path) == 0
     [file] = tmp_path.rglob("model.pt")
@@ -233,7 +233,7 @@ def test_a_batch_of_one(photos, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_one_class_and_other_classes(photos, tmp_path):
+def test_one_class_and_other_classes(tmp_path):
     from torchvision.utils import save_image
     for part, kind in (("one", "a"), ("two/train", "a"), ("two/train", "b"), ("two/val", "a"), ("two/val", "c")):
         (tmp_path / part / kind).mkdir(parents=True)

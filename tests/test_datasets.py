@@ -270,6 +270,23 @@ def test_voc_missing_files(tmp_path):
         load_dataset("voc2007", "test", tmp_path)
 
 
+def test_voc_boxes_of_one_pixel_and_objects_without_a_mark(tmp_path):
+    folder = write_voc(tmp_path / "VOCdevkit" / "VOC2007")
+    first, second = (folder / "Annotations" / f"00000{i}.xml" for i in (1, 2))
+    first.write_text(VOC_XML.replace("<xmax>10</xmax>", "<xmax>1</xmax>").replace("dog", "chair").replace("person", "bicycle"))
+    second.write_text(VOC_ONE.replace("<difficult>0</difficult>", ""))
+    easy = load_dataset("voc2007", "test", tmp_path, difficult=False)
+    assert easy[0].boxes[0].tolist() == [0, 1, 1, 30] and easy[0].labels == (1,) and easy[1].labels == (19,)
+    assert load_dataset("voc2007", "test", tmp_path)[0].labels == (1, 8)
+
+
+def test_voc_segmentation_without_an_object_that_is_kept(tmp_path):
+    folder = write_voc(tmp_path / "VOCdevkit" / "VOC2007")
+    (folder / "Annotations" / "000001.xml").write_text(VOC_XML.replace("<difficult>0", "<difficult>1"))
+    item = load_dataset("voc2007", "test", tmp_path, masks=True, difficult=False)[0]
+    assert item.labels == item.box_labels == () and item.masks is None and item.boxes.shape == (0, 4)
+
+
 @needs_coco
 def test_coco(tmp_path, capsys):
     write_coco(tmp_path / "coco")
@@ -410,6 +427,33 @@ def test_severstal_missing(tmp_path):
         load_dataset("severstal", root=tmp_path)[0]
 
 
+def test_patches_of_a_strip():
+    "A patch of every 224 columns is 256 wide, so a defect where two of them overlap is in both"
+    columns = " ".join(f"{column * 256 + 1} 256" for column in range(230, 250))
+    assert cut_patches("a.jpg", {2: columns}, "none") == [(0, 2), (224, 2)]
+    assert cut_patches("a.jpg", {2: columns}, "all") == [(0, 2), (224, 2), *((left, 0) for left in range(448, 1345, 224))]
+    last = f"{1599 * 256 + 1} 256"
+    assert cut_patches("a.jpg", {4: last, 1: f"{1500 * 256 + 1} 255"}, "none") == [(1344, 4)]
+
+
+def test_the_clean_patch_is_any_of_those_that_are_free():
+    columns = " ".join(f"{column * 256 + 1} 256" for column in range(230, 250))
+    names = [name for name in map("{}.jpg".format, range(400)) if zlib.crc32(name.encode()) % 5 == 0]  # as in the validation split
+    kept = [left for name in names for left, label in cut_patches(name, {2: columns}) if not label]
+    assert len(kept) == len(names) and set(kept) == {448, 672, 896, 1120, 1344}
+
+
+def test_the_order_of_the_strips_is_that_of_their_names(tmp_path, monkeypatch):
+    write_steel(tmp_path / "severstal")
+    names = sorted([steel_names()[0], *(n for n in (f"{i:08x}.jpg" for i in range(50)) if zlib.crc32(n.encode()) % 5 == 0)][:4])
+    for name in names:
+        picture(tmp_path / "severstal" / "train_images" / name, 256, 1600)
+    found = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: sorted(found(self, pattern), reverse=True))
+    files = [file.split("/")[1].split("@")[0] for file in load_dataset("severstal", "val", tmp_path).files]
+    assert files == sorted(files) and set(files) == set(names)
+
+
 def test_elpv(tmp_path):
     write_elpv(tmp_path / "elpv")
     train, val = (load_dataset("elpv", split, tmp_path) for split in ("train", "val"))
@@ -459,6 +503,13 @@ def test_elpv_package():
     assert [found[file][1] for file in sorted(found)] == [str(kind) for kind in kinds]
     item = parts[1][5]
     assert ((item.image[0] * 255).round().numpy() == pixels[sorted(found).index(item.name)]).all()
+
+
+def test_too_few_cells_for_a_part(tmp_path):
+    table = write_elpv(tmp_path / "elpv") / "labels.csv"
+    table.write_text(table.read_text().splitlines(True)[0])
+    with pytest.raises(DataError, match=r"labels.csv has too few rows \(1\) for the split 'val'"):
+        load_dataset("elpv", "val", tmp_path)
 
 
 def test_imagefolder(tmp_path):
@@ -545,6 +596,16 @@ def test_synthetic():
     assert check_dataset("synthetic", "val", n=5)[0]["with boxes"] == 5
 
 
+def test_drawn_images_have_nothing_to_crop():
+    assert splits_here("synthetic") == ["train", "val", "test"]
+    with pytest.raises(ValueError, match="nothing to crop"):
+        load_dataset("synthetic", size=32, crop=True)
+
+
+def test_the_part_that_is_for_evaluation():
+    assert load_dataset("synthetic").fingerprint == load_dataset("synthetic", "val").fingerprint != load_dataset("synthetic", "train").fingerprint
+
+
 # ---- what all share ----------------------------------------------------------------------------------------------
 def test_index_and_fingerprint(tmp_path):
     folder = write_tiny(tmp_path / "tiny-imagenet-200")
@@ -564,6 +625,24 @@ def test_index_and_fingerprint(tmp_path):
     file = folder / "val" / "val_annotations.txt"
     file.write_text(file.read_text().replace("n07920052", "n01443537"))
     assert load_dataset("tiny_imagenet", root=tmp_path).fingerprint != data.fingerprint
+
+
+def test_the_fingerprint_says_the_size(tmp_path):
+    write_tiny(tmp_path / "tiny-imagenet-200")
+    plain = load_dataset("tiny_imagenet", root=tmp_path).fingerprint
+    assert len(plain.split()) == 4  # name, split, number, checksum
+    assert load_dataset("tiny_imagenet", root=tmp_path, size=32).fingerprint == plain + " squashed to 32"
+    assert load_dataset("tiny_imagenet", root=tmp_path, size=32, crop=True).fingerprint == plain + " cropped to 32"
+
+
+def test_the_fingerprint_covers_the_labels(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar(folder)
+    before = load_dataset("cifar10", root=tmp_path, verify=False)
+    stored = pickle.loads((folder / "test_batch").read_bytes())
+    (folder / "test_batch").write_bytes(pickle.dumps(stored | {"labels": [1, 1, 2, 2]}))
+    after = load_dataset("cifar10", root=tmp_path, verify=False)
+    assert torch.equal(before.pixels, after.pixels) and before.targets != after.targets and before.fingerprint != after.fingerprint
 
 
 def repainted(file, box):
@@ -667,6 +746,85 @@ def test_check_item(values, match):
     data = One(**values)
     with pytest.raises(DataError, match=f"one val, x.png: .*{match}"):
         check_item(data.item, data)
+
+
+class Numbered(ImageSet):
+    "So many black images without objects, and which of them were opened"
+    name, split, classes = "numbered", "all", ["a"]
+
+    def __init__(self, count):
+        self.count, self.opened = count, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.opened.append(index)
+        return Item(str(index), torch.zeros(3, 2, 2), (0,), torch.zeros(0, 4))
+
+
+@pytest.mark.parametrize("count, step", [(200, 1), (201, 2), (999, 5)])
+def test_a_fast_check_opens_at_most_200_images(monkeypatch, count, step):
+    data = Numbered(count)
+    monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda *arguments, **options: data)
+    [found] = check_dataset("synthetic", fast=True)
+    assert data.opened == list(range(0, count, step)) and found["opened"] == len(data.opened) <= 200
+    assert found["images"] == count and found["with boxes"] == found["with masks"] == 0
+    assert check_set(data)["opened"] == count
+
+
+def test_a_box_with_swapped_corners_is_refused():
+    "A box x, y, width, height would silently be no pixel, or another place"
+    assert box_mask(torch.tensor([[1.0, 1, 3, 2]]), (4, 4)).sum() == 2 and not box_mask(torch.tensor([[2.0, 2, 2, 2]]), (4, 4)).any()
+    for box in ([5.0, 1, 3, 2], [1.0, 5, 3, 2]):
+        with pytest.raises(ValueError, match=r"box 1 is .*of x, y, width, height give"):
+            box_mask(torch.tensor([[0.0, 0, 1, 1], box]), (8, 8))
+
+
+@pytest.mark.parametrize("box, fits", [
+    ([-1, -1, 13, 9], True), ([-1.1, 0, 5, 5], False), ([0, -1.1, 5, 5], False), ([0, 0, 13.1, 5], False), ([0, 0, 5, 9.1], False),
+    ([2, 3, 2, 5], True), ([3, 3, 2, 5], False), ([2, 5, 3, 3], False)])
+def test_a_box_may_stand_out_by_a_pixel(box, fits):
+    assert boxes_fit(torch.tensor([[1.0, 1, 2, 2], box]), 8, 12) is fits
+
+
+def test_a_pixel_belongs_to_the_box_that_has_its_centre():
+    mask = box_mask([[1.5, 0, 3.5, 1.5], [4.4, 2.5, 4.6, 2.6]], (3, 6))  # centres lie at 0.5, 1.5, ...
+    assert mask.shape == (1, 3, 6) and mask[0].nonzero().tolist() == [[0, 1], [0, 2], [2, 4]]
+
+
+def test_a_mask_is_asked_for_a_class_that_is_there():
+    item = Item("a.png", torch.zeros(3, 4, 4), (0, 2), torch.tensor([[0.0, 0, 2, 2]]), (2,))
+    assert item.mask(2).sum() == 4 and item.mask(0) is None
+    with pytest.raises(ValueError, match=r"a.png has the classes \[0, 2\], not 1"):
+        item.mask(1)
+
+
+def test_boxes_and_masks_of_a_crop():
+    "56 x 28 pixels at 12: 8/7 of it is 14, so half the size, without 1 row above and 8 columns on the left"
+    boxes = [[24, 8, 32, 12], [0, 0, 16, 28], [24, 0, 32, 2], [10, 8, 20, 12]]  # inside; just cut off, twice; cut in two
+    mask = torch.zeros(1, 28, 56, dtype=torch.bool)
+    mask[:, 8:12, 24:32] = True
+    item = Item("a", mask.float().expand(3, -1, -1), (3, 4), torch.tensor(boxes).float(), (3, 4, 4, 4), mask[None].repeat(2, 1, 1, 1), {"part": mask})
+    small, expected = resized(item, 12, crop=True), torch.zeros(1, 12, 12, dtype=torch.bool)
+    expected[:, 3:5, 4:8] = True
+    assert small.boxes.tolist() == [[4, 3, 8, 5], [0, 3, 2, 5]] and small.box_labels == (3, 4)
+    assert torch.equal(small.masks, expected[None].repeat(2, 1, 1, 1)) and torch.equal(small.extra["part"], expected)
+    assert small.image.shape == (3, 12, 12) and torch.equal(small.image[:1] > 0.5, expected)
+
+
+def test_a_pixel_of_a_small_mask_is_the_one_below_its_centre():
+    mask = torch.zeros(1, 12, 9, dtype=torch.bool)
+    mask[:, 1::4, 1::3] = mask[:, 2::4, 1::3] = True
+    assert resized(Item("a", torch.zeros(3, 12, 9), (0,), masks=mask[None]), 3).masks.all()
+
+
+@pytest.mark.parametrize("height, width", [(427, 640), (640, 427), (375, 500), (300, 300), (256, 341)])
+def test_a_photograph_and_an_item_are_cropped_alike(tmp_path, height, width):
+    "As torchvision does it: the short side to 256, the long one in proportion and cut down to whole pixels, then the centre"
+    as_picture(torch.rand(3, height, width)).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png", size=None)
+    assert torch.equal(load_image(tmp_path / "a.png", 224), resized(Item("a", image, ()), 224, crop=True).image)
 
 
 def test_stratified():
@@ -842,6 +1000,15 @@ def test_every_address_has_a_checksum_where_torchvision_knows_one():
             assert url.startswith("http") and len(md5) == 32
 
 
+def test_the_authors_counts():
+    "As they state them"
+    stated = {"cifar10": {"train": 50_000, "test": 10_000}, "cifar100": {"train": 50_000, "test": 10_000},
+              "svhn": {"train": 73_257, "test": 26_032, "extra": 531_131}, "tiny_imagenet": {"train": 100_000, "val": 10_000},
+              "voc2007": {"train": 2_501, "val": 2_510, "trainval": 5_011, "test": 4_952},
+              "voc2012": {"train": 5_717, "val": 5_823, "trainval": 11_540}, "coco2014": {"train": 82_783, "val": 40_504}}
+    assert {name: DATASETS[name].splits for name in stated} == stated
+
+
 def test_command(server, tmp_path, capsys):
     root = str(tmp_path / "root")
     assert command("data", "get", "tiny_imagenet", "--root", root, "--mirror", server[1], "--subset") == 0
@@ -853,6 +1020,19 @@ def test_command(server, tmp_path, capsys):
     assert "tiny_imagenet val: 3 images, 3 opened, 3 classes, 3 with boxes" in capsys.readouterr().out
     with pytest.raises(DataError):
         command("--debug", "data", "check", "tiny_imagenet", "--root", root)
+
+
+def test_what_the_command_passes_on(monkeypatch, tmp_path):
+    asked = []
+    for name in ("check_dataset", "get_dataset"):
+        monkeypatch.setattr(f"xai_companion.data.datasets.{name}", lambda *arguments, **options: asked.append((*arguments, options)) or [])
+    command("data", "check", "cifar10", "--root", str(tmp_path), "--split", "test", "--fast")
+    command("data", "check", "cifar10", "--subset")
+    command("data", "get", "svhn", "--root", str(tmp_path), "--split", "extra", "--mirror", "file:///a")
+    command("data", "get", "svhn", "--subset")
+    assert asked == [("cifar10", "test", str(tmp_path), {"counts": True, "fast": True}), ("cifar10", None, None, {"counts": False, "fast": False}),
+                     ("svhn", "extra", str(tmp_path), {"mirror": "file:///a", "verify": True}),
+                     ("svhn", None, None, {"mirror": None, "verify": False})]
 
 
 # ---- the real sets -----------------------------------------------------------------------------------------------
@@ -884,183 +1064,3 @@ def test_real_imagenet_samples():
     data = real("imagenet_samples", "all")
     assert len(data) == 700 and len({label for (label,) in data.targets}) == 700
     check_set(data, fast=True)
-
-
-def test_a_box_with_swapped_corners_is_refused():
-    "A box x, y, width, height would silently be no pixel, or another place"
-    assert box_mask(torch.tensor([[1.0, 1, 3, 2]]), (4, 4)).sum() == 2 and not box_mask(torch.tensor([[2.0, 2, 2, 2]]), (4, 4)).any()
-    for box in ([5.0, 1, 3, 2], [1.0, 5, 3, 2]):
-        with pytest.raises(ValueError, match=r"box 1 is .*of x, y, width, height give"):
-            box_mask(torch.tensor([[0.0, 0, 1, 1], box]), (8, 8))
-
-
-def test_the_fingerprint_says_the_size(tmp_path):
-    write_tiny(tmp_path / "tiny-imagenet-200")
-    plain = load_dataset("tiny_imagenet", root=tmp_path).fingerprint
-    assert len(plain.split()) == 4  # name, split, number, checksum
-    assert load_dataset("tiny_imagenet", root=tmp_path, size=32).fingerprint == plain + " squashed to 32"
-    assert load_dataset("tiny_imagenet", root=tmp_path, size=32, crop=True).fingerprint == plain + " cropped to 32"
-
-
-@pytest.mark.parametrize("height, width", [(427, 640), (640, 427), (375, 500), (300, 300), (256, 341)])
-def test_a_photograph_and_an_item_are_cropped_alike(tmp_path, height, width):
-    "As torchvision does it: the short side to 256, the long one in proportion and cut down to whole pixels, then the centre"
-    as_picture(torch.rand(3, height, width)).save(tmp_path / "a.png")
-    image = load_image(tmp_path / "a.png", size=None)
-    assert torch.equal(load_image(tmp_path / "a.png", 224), resized(Item("a", image, ()), 224, crop=True).image)
-
-
-def test_drawn_images_have_nothing_to_crop():
-    assert splits_here("synthetic") == ["train", "val", "test"]
-    with pytest.raises(ValueError, match="nothing to crop"):
-        load_dataset("synthetic", size=32, crop=True)
-
-
-def test_a_pixel_belongs_to_the_box_that_has_its_centre():
-    mask = box_mask([[1.5, 0, 3.5, 1.5], [4.4, 2.5, 4.6, 2.6]], (3, 6))  # centres lie at 0.5, 1.5, ...
-    assert mask.shape == (1, 3, 6) and mask[0].nonzero().tolist() == [[0, 1], [0, 2], [2, 4]]
-
-
-def test_a_mask_is_asked_for_a_class_that_is_there():
-    item = Item("a.png", torch.zeros(3, 4, 4), (0, 2), torch.tensor([[0.0, 0, 2, 2]]), (2,))
-    assert item.mask(2).sum() == 4 and item.mask(0) is None
-    with pytest.raises(ValueError, match=r"a.png has the classes \[0, 2\], not 1"):
-        item.mask(1)
-
-
-@pytest.mark.parametrize("box, fits", [
-    ([-1, -1, 13, 9], True), ([-1.1, 0, 5, 5], False), ([0, -1.1, 5, 5], False), ([0, 0, 13.1, 5], False), ([0, 0, 5, 9.1], False),
-    ([2, 3, 2, 5], True), ([3, 3, 2, 5], False), ([2, 5, 3, 3], False)])
-def test_a_box_may_stand_out_by_a_pixel(box, fits):
-    assert boxes_fit(torch.tensor([[1.0, 1, 2, 2], box]), 8, 12) is fits
-
-
-def test_boxes_and_masks_of_a_crop():
-    "56 x 28 pixels at 12: 8/7 of it is 14, so half the size, without 1 row above and 8 columns on the left"
-    boxes = [[24, 8, 32, 12], [0, 0, 16, 28], [24, 0, 32, 2], [10, 8, 20, 12]]  # inside; just cut off, twice; cut in two
-    mask = torch.zeros(1, 28, 56, dtype=torch.bool)
-    mask[:, 8:12, 24:32] = True
-    item = Item("a", mask.float().expand(3, -1, -1), (3, 4), torch.tensor(boxes).float(), (3, 4, 4, 4), mask[None].repeat(2, 1, 1, 1), {"part": mask})
-    small, expected = resized(item, 12, crop=True), torch.zeros(1, 12, 12, dtype=torch.bool)
-    expected[:, 3:5, 4:8] = True
-    assert small.boxes.tolist() == [[4, 3, 8, 5], [0, 3, 2, 5]] and small.box_labels == (3, 4)
-    assert torch.equal(small.masks, expected[None].repeat(2, 1, 1, 1)) and torch.equal(small.extra["part"], expected)
-    assert small.image.shape == (3, 12, 12) and torch.equal(small.image[:1] > 0.5, expected)
-
-
-def test_a_pixel_of_a_small_mask_is_the_one_below_its_centre():
-    mask = torch.zeros(1, 12, 9, dtype=torch.bool)
-    mask[:, 1::4, 1::3] = mask[:, 2::4, 1::3] = True
-    assert resized(Item("a", torch.zeros(3, 12, 9), (0,), masks=mask[None]), 3).masks.all()
-
-
-def test_voc_boxes_of_one_pixel_and_objects_without_a_mark(tmp_path):
-    folder = write_voc(tmp_path / "VOCdevkit" / "VOC2007")
-    first, second = (folder / "Annotations" / f"00000{i}.xml" for i in (1, 2))
-    first.write_text(VOC_XML.replace("<xmax>10</xmax>", "<xmax>1</xmax>").replace("dog", "chair").replace("person", "bicycle"))
-    second.write_text(VOC_ONE.replace("<difficult>0</difficult>", ""))
-    easy = load_dataset("voc2007", "test", tmp_path, difficult=False)
-    assert easy[0].boxes[0].tolist() == [0, 1, 1, 30] and easy[0].labels == (1,) and easy[1].labels == (19,)
-    assert load_dataset("voc2007", "test", tmp_path)[0].labels == (1, 8)
-
-
-def test_voc_segmentation_without_an_object_that_is_kept(tmp_path):
-    folder = write_voc(tmp_path / "VOCdevkit" / "VOC2007")
-    (folder / "Annotations" / "000001.xml").write_text(VOC_XML.replace("<difficult>0", "<difficult>1"))
-    item = load_dataset("voc2007", "test", tmp_path, masks=True, difficult=False)[0]
-    assert item.labels == item.box_labels == () and item.masks is None and item.boxes.shape == (0, 4)
-
-
-def test_patches_of_a_strip():
-    "A patch of every 224 columns is 256 wide, so a defect where two of them overlap is in both"
-    columns = " ".join(f"{column * 256 + 1} 256" for column in range(230, 250))
-    assert cut_patches("a.jpg", {2: columns}, "none") == [(0, 2), (224, 2)]
-    assert cut_patches("a.jpg", {2: columns}, "all") == [(0, 2), (224, 2), *((left, 0) for left in range(448, 1345, 224))]
-    last = f"{1599 * 256 + 1} 256"
-    assert cut_patches("a.jpg", {4: last, 1: f"{1500 * 256 + 1} 255"}, "none") == [(1344, 4)]
-
-
-def test_the_clean_patch_is_any_of_those_that_are_free():
-    columns = " ".join(f"{column * 256 + 1} 256" for column in range(230, 250))
-    names = [name for name in map("{}.jpg".format, range(400)) if zlib.crc32(name.encode()) % 5 == 0]  # as in the validation split
-    kept = [left for name in names for left, label in cut_patches(name, {2: columns}) if not label]
-    assert len(kept) == len(names) and set(kept) == {448, 672, 896, 1120, 1344}
-
-
-def test_the_order_of_the_strips_is_that_of_their_names(tmp_path, monkeypatch):
-    write_steel(tmp_path / "severstal")
-    names = sorted([steel_names()[0], *(n for n in (f"{i:08x}.jpg" for i in range(50)) if zlib.crc32(n.encode()) % 5 == 0)][:4])
-    for name in names:
-        picture(tmp_path / "severstal" / "train_images" / name, 256, 1600)
-    found = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: sorted(found(self, pattern), reverse=True))
-    files = [file.split("/")[1].split("@")[0] for file in load_dataset("severstal", "val", tmp_path).files]
-    assert files == sorted(files) and set(files) == set(names)
-
-
-def test_too_few_cells_for_a_part(tmp_path):
-    table = write_elpv(tmp_path / "elpv") / "labels.csv"
-    table.write_text(table.read_text().splitlines(True)[0])
-    with pytest.raises(DataError, match=r"labels.csv has too few rows \(1\) for the split 'val'"):
-        load_dataset("elpv", "val", tmp_path)
-
-
-def test_the_fingerprint_covers_the_labels(tmp_path):
-    folder = tmp_path / "cifar-10-batches-py"
-    write_cifar(folder)
-    before = load_dataset("cifar10", root=tmp_path, verify=False)
-    stored = pickle.loads((folder / "test_batch").read_bytes())
-    (folder / "test_batch").write_bytes(pickle.dumps(stored | {"labels": [1, 1, 2, 2]}))
-    after = load_dataset("cifar10", root=tmp_path, verify=False)
-    assert torch.equal(before.pixels, after.pixels) and before.targets != after.targets and before.fingerprint != after.fingerprint
-
-
-def test_the_authors_counts():
-    "As they state them"
-    stated = {"cifar10": {"train": 50_000, "test": 10_000}, "cifar100": {"train": 50_000, "test": 10_000},
-              "svhn": {"train": 73_257, "test": 26_032, "extra": 531_131}, "tiny_imagenet": {"train": 100_000, "val": 10_000},
-              "voc2007": {"train": 2_501, "val": 2_510, "trainval": 5_011, "test": 4_952},
-              "voc2012": {"train": 5_717, "val": 5_823, "trainval": 11_540}, "coco2014": {"train": 82_783, "val": 40_504}}
-    assert {name: DATASETS[name].splits for name in stated} == stated
-
-
-def test_what_the_command_passes_on(monkeypatch, tmp_path):
-    asked = []
-    for name in ("check_dataset", "get_dataset"):
-        monkeypatch.setattr(f"xai_companion.data.datasets.{name}", lambda *arguments, **options: asked.append((*arguments, options)) or [])
-    command("data", "check", "cifar10", "--root", str(tmp_path), "--split", "test", "--fast")
-    command("data", "check", "cifar10", "--subset")
-    command("data", "get", "svhn", "--root", str(tmp_path), "--split", "extra", "--mirror", "file:///a")
-    command("data", "get", "svhn", "--subset")
-    assert asked == [("cifar10", "test", str(tmp_path), {"counts": True, "fast": True}), ("cifar10", None, None, {"counts": False, "fast": False}),
-                     ("svhn", "extra", str(tmp_path), {"mirror": "file:///a", "verify": True}),
-                     ("svhn", None, None, {"mirror": None, "verify": False})]
-
-
-def test_the_part_that_is_for_evaluation():
-    assert load_dataset("synthetic").fingerprint == load_dataset("synthetic", "val").fingerprint != load_dataset("synthetic", "train").fingerprint
-
-
-class Numbered(ImageSet):
-    "So many black images without objects, and which of them were opened"
-    name, split, classes = "numbered", "all", ["a"]
-
-    def __init__(self, count):
-        self.count, self.opened = count, []
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        self.opened.append(index)
-        return Item(str(index), torch.zeros(3, 2, 2), (0,), torch.zeros(0, 4))
-
-
-@pytest.mark.parametrize("count, step", [(200, 1), (201, 2), (999, 5)])
-def test_a_fast_check_opens_at_most_200_images(monkeypatch, count, step):
-    data = Numbered(count)
-    monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda *arguments, **options: data)
-    [found] = check_dataset("synthetic", fast=True)
-    assert data.opened == list(range(0, count, step)) and found["opened"] == len(data.opened) <= 200
-    assert found["images"] == count and found["with boxes"] == found["with masks"] == 0
-    assert check_set(data)["opened"] == count

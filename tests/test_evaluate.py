@@ -34,7 +34,6 @@ from xai_companion.evaluate import (
 from xai_companion.explain import EXPLAINERS, RISE, SISE, GradCAM
 from xai_companion.explain.base import Explainer
 from xai_companion.explain.contract import assert_untouched, footprint, trap_network
-from xai_companion.ledger import writing
 from xai_companion.metrics import (
     METRICS,
     average_drop,
@@ -218,6 +217,16 @@ def test_another_activation_starts_anew(tmp_path):
     assert len(list(tmp_path.glob("*.jsonl"))) == 3
 
 
+def test_fingerprints_have_eight_digits():
+    model = torch.nn.Linear(2, 2)
+    assert len(model_fingerprint(model)) == len(_structure(model)) == 8
+
+
+def test_options_with_several_values_are_lists():
+    assert describe(EXPLAINERS["extremal"](torch.nn.Conv2d(3, 1, 1), areas=(0.1, 0.2)))["areas"] == [0.1, 0.2]
+    assert _plain((1, torch.zeros(2))) == [1, _plain(torch.zeros(2))] != [1, _plain(torch.ones(2))]
+
+
 def test_more_images_complete_a_short_last_batch(network, tmp_path):
     explainers = {"cam": GradCAM(network)}
     evaluate(explainers, Street(), ("drop",), n=3, batch=2, folder=tmp_path)
@@ -281,16 +290,6 @@ def test_the_lock_ends_with_the_evaluation(network, tmp_path, monkeypatch):
     assert free.returncode == 0 and len(free.stdout.split()) == 2, free.stderr
 
 
-def test_a_torn_line_is_cut_off_by_the_next_writer_only(tmp_path):
-    with writing(Ledger(tmp_path, {"explainer": {"method": "a"}})) as ledger:
-        ledger.add("0:1", [], 1.0)
-    whole = ledger.own.read_bytes()
-    ledger.own.write_bytes(whole + b'{"batch": "1:')
-    assert list(Ledger(tmp_path, {"explainer": {"method": "a"}}).done) == ["0:1"] and ledger.own.read_bytes() != whole
-    with writing(ledger):
-        assert ledger.own.read_bytes() == whole
-
-
 class Broken(Explainer):
     "A map with NaN for one image of a batch; not registered, since other tests run on every registered explainer"
     name = "broken_for_a_test"
@@ -349,6 +348,13 @@ def test_one_order_for_all():
     assert units.target.tolist() == [fact["label"] for fact in units.facts]
 
 
+def test_one_image_is_enough():
+    assert len(seeded_order(5, 1)) == 1 and sorted(seeded_order(5)) == list(range(5))
+    for count, n in ((5, 0), (0, None)):
+        with pytest.raises(ValueError):
+            seeded_order(count, n)
+
+
 def test_thirds_by_area():
     frame = pd.DataFrame({"position": range(9), "label": 0, "area": np.linspace(0.1, 0.9, 9), "explainer": "a", "ebpg": 0.5})
     assert list(by_size(frame).third) == ["small"] * 3 + ["medium"] * 3 + ["large"] * 3
@@ -362,6 +368,11 @@ def test_summary_has_the_interval_of_scipy():
     frame = pd.DataFrame({"explainer": "a", "position": range(30), "ebpg": values, "seconds": 0.25})
     half = stats.t.ppf(0.975, 29) * stats.sem(100 * values)
     assert summary(frame).loc["a", "EBPG (%)"] == f"{100 * values.mean():.1f} ± {half:.1f}"
+
+
+def test_summary_of_rows_without_a_metric():
+    frame = pd.DataFrame({"explainer": "a", "position": [0, 1, 2], "seconds": [1.0, 2.0, 3.0]})
+    assert summary(frame).loc["a"].to_dict() == {"seconds": "2", "n": "3"}
 
 
 @pytest.mark.parametrize("change, words", [
@@ -473,44 +484,6 @@ def test_the_command_under_torchrun(tmp_path):
     assert done.returncode == 0 and done.stdout.count("16 rows in") == 1, done.stdout + done.stderr[-2000:]
     written = [len(file.read_text().splitlines()) for file in (tmp_path / "batches").glob("*.jsonl")]
     assert written == [2, 2]
-
-
-def test_fingerprints_have_eight_digits():
-    model = torch.nn.Linear(2, 2)
-    assert len(model_fingerprint(model)) == len(_structure(model)) == 8
-
-
-def test_summary_of_rows_without_a_metric():
-    frame = pd.DataFrame({"explainer": "a", "position": [0, 1, 2], "seconds": [1.0, 2.0, 3.0]})
-    assert summary(frame).loc["a"].to_dict() == {"seconds": "2", "n": "3"}
-
-
-def test_one_image_is_enough():
-    assert len(seeded_order(5, 1)) == 1 and sorted(seeded_order(5)) == list(range(5))
-    for count, n in ((5, 0), (0, None)):
-        with pytest.raises(ValueError):
-            seeded_order(count, n)
-
-
-def test_options_with_several_values_are_lists():
-    assert describe(EXPLAINERS["extremal"](torch.nn.Conv2d(3, 1, 1), areas=(0.1, 0.2)))["areas"] == [0.1, 0.2]
-    assert _plain((1, torch.zeros(2))) == [1, _plain(torch.zeros(2))] != [1, _plain(torch.ones(2))]
-
-
-def test_what_another_process_has_written_meanwhile_is_known(tmp_path):
-    config = {"explainer": {"method": "own[1]"}}
-    first, second = (Ledger(tmp_path, config, rank) for rank in (0, 1))
-    with writing(second):
-        second.add("b", [{"x": 1}], 2.0)
-    with writing(first):
-        assert list(first.done) == ["b"]
-        first.add("a", [], 1.5)
-    assert set(Ledger(tmp_path, config).done) == {"a", "b"} and Ledger(tmp_path, config).seconds == 3.5 and first.own != second.own
-    assert json.loads((tmp_path / f"{first.stem.name}.json").read_text()) == config
-
-
-def test_every_setting_has_a_file_of_its_own(tmp_path):
-    assert len({Ledger(tmp_path, {"explainer": {"method": "rise"}, "seed": seed}).own for seed in range(500)}) == 500
 
 
 def test_what_the_command_passes_on(tmp_path, monkeypatch, capsys):
