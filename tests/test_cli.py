@@ -243,6 +243,7 @@ def test_explain_takes_a_model_of_ones_own_and_spaces(place, tmp_path, monkeypat
 def test_options_and_names():
     assert parse_option(" mu = (0.1, 2) ") == ("mu", (0.1, 2)) and parse_option("a=b=c") == ("a", "b=c")
     assert names_in(" a ,b:areas=(0.1, 0.2):mu=3") == ["a", "b:areas=(0.1, 0.2):mu=3"]
+    assert names_in("a:layers=['x','y'],b:areas=((1,2),(3,4)),c") == ["a:layers=['x','y']", "b:areas=((1,2),(3,4))", "c"]
     assert [_pair(text) for text in ("a=true", "a=True", "a=.5", "a=1e-3", "a=null", 'a={"mu": 0.3}', "a=sise", "a=[1, 2]")] == [
         ("a", True), ("a", True), ("a", 0.5), ("a", 0.001), ("a", None), ("a", {"mu": 0.3}), ("a", "sise"), ("a", [1, 2])]
 

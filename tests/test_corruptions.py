@@ -104,7 +104,7 @@ class TestCorrupt:
 
     @pytest.mark.parametrize("change, words", [
         ({"name": "rain"}, "choose one of gaussian_noise"), ({"name": "spatter"}, "no corruption"), ({"severity": 0}, "severity must be"),
-        ({"severity": 6}, "severity must be"), ({"severity": 2.0}, "severity must be"), ({"indices": [1]}, "3 images, 1 indices"),
+        ({"severity": 6}, "severity must be"), ({"seed": -1}, "seed must be"), ({"severity": 2.0}, "severity must be"), ({"indices": [1]}, "3 images, 1 indices"),
         ({"images": IMAGES.float() / 255}, "must be uint8"), ({"images": IMAGES[0]}, "must be uint8"), ({"images": IMAGES[:, :1]}, "uint8"),
         ({"images": IMAGES.numpy()}, "ndarray"), ({"images": IMAGES[..., :31]}, "32 pixels or more")])
     def test_bad_input(self, change, words):

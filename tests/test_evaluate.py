@@ -209,7 +209,7 @@ def test_another_activation_starts_anew(tmp_path):
 
     plain = type("Net", (torch.nn.Sequential,), {})
     brighter = type("Net", (torch.nn.Sequential,), {"forward": lambda self, x: torch.nn.Sequential.forward(self, 2 * x)})
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.manual_seed(0)
         conv, linear = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 6)
     for kind in ((plain, torch.nn.ReLU()), (plain, torch.nn.Tanh()), (brighter, torch.nn.ReLU())):
@@ -236,10 +236,11 @@ def test_more_images_complete_a_short_last_batch(network, tmp_path):
     assert sorted(fewer.position.unique()) == list(range(3))
 
 
-def test_a_damaged_line_names_the_file(network, tmp_path):
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"x": 1}'])
+def test_a_damaged_line_names_the_file(network, tmp_path, line):
     evaluate({"cam": GradCAM(network)}, Street(), ("drop",), n=2, batch=1, folder=tmp_path)
     file = next(tmp_path.glob("*.jsonl"))
-    file.write_text("nonsense\n" + file.read_text())
+    file.write_text(f"{line}\n" + file.read_text())
     with pytest.raises(ValueError, match=f"{file.name} is damaged"):
         evaluate({"cam": GradCAM(network)}, Street(), ("drop",), n=2, batch=1, folder=tmp_path)
 

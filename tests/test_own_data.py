@@ -46,6 +46,12 @@ def test_class_maps_and_boxes_as_programs_write_them(tmp_path, mark):
         "a.png": [[1, 2, 3, 4.5], [5, 6, 7, 8]], "b.png": [[0, 0, 1, 1]]}
 
 
+def test_a_folder_that_stands_twice_in_a_class_map(place):
+    (place / "map.csv").write_text("red,0\nblue,1\nred ,2\n")
+    with pytest.raises(ValueError, match="'red' stands in two lines"):
+        read_class_map("map.csv")
+
+
 def test_a_line_of_a_class_map_that_is_none(place):
     (place / "map.csv").write_text("red,0\nblue;1\n")
     with pytest.raises(ValueError, match="map.csv is no class map .'blue;1' stands in a line.*folder,class"):
