@@ -102,8 +102,11 @@ def undisturbed(model: nn.Module,
         images = check_images(images, model)
         if images.device.type == "cpu":  # convolutions on the CPU run faster on this layout
             images = images.contiguous(memory_format=torch.channels_last)
-        with evaluating(model), seeded(seed), _channels_named(images), _unchanged(images):
-            yield images
+        try:
+            with evaluating(model), seeded(seed), _channels_named(images), _unchanged(images):
+                yield images
+        finally:
+            torch.clear_autocast_cache()  # it may hold weights that were cast without gradients
 
 # %% ../../nbs/10_explain.base.ipynb #3ce29340
 class Explainer:
