@@ -226,7 +226,7 @@ def test_checkpoints_cost_little_of_a_run_with_short_epochs(monkeypatch, tmp_pat
 
 
 def test_full_disk(tmp_path, undisturbed):
-    "The system refuses to write more than a kilobyte; the checkpoint of before stays, and later the run goes on"
+    "The system refuses to write more than ten kilobytes; the checkpoint of before stays, and later the run goes on"
     process = start(tmp_path / "full")
     checkpoint = tmp_path / "full" / "checkpoint.pt"
     while process.poll() is None and not checkpoint.exists():
@@ -237,11 +237,11 @@ def test_full_disk(tmp_path, undisturbed):
 
     def limit():
         import resource
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     process = start(tmp_path / "full", preexec_fn=limit)
     message = process.communicate(timeout=120)[1]
     assert process.returncode and "could not be written" in message and "the file of before is intact" in message
-    assert checkpoint.read_bytes() == before and read_checkpoint(checkpoint)["done"] >= 1
+    assert len(before) > 10_000 and checkpoint.read_bytes() == before and read_checkpoint(checkpoint)["done"] >= 1
     assert start(tmp_path / "full").wait(120) == 0
     files = undisturbed / "model.pt", tmp_path / "full" / "model.pt"
     a, b = (torch.load(file, weights_only=True)["state_dict"] for file in files)

@@ -16,6 +16,7 @@ import torch
 from helpers import QUIET, command
 from torchvision.utils import save_image
 
+from xai_companion.data.datasets import load_dataset
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.synthetic import Synthetic
 from xai_companion.evaluate import (
@@ -23,6 +24,8 @@ from xai_companion.evaluate import (
     _plain,
     _structure,
     by_size,
+    compared,
+    default_score,
     describe,
     differences,
     evaluate,
@@ -46,6 +49,7 @@ from xai_companion.metrics import (
     pointing_game,
 )
 from xai_companion.models import load_model
+from xai_companion.records import mean_interval
 
 
 class Street(ImageSet):
@@ -68,8 +72,39 @@ def network():
     return trap_network()
 
 
+@pytest.fixture(scope="module")
+def street(network):
+    "Two explainers on the street, with every metric"
+    return evaluate({"cam": GradCAM(network), "sise": SISE(network)}, Street(), list(METRICS), batch=2)
+
+
 def without_time(frame):
     return frame.drop(columns="seconds")
+
+
+def test_several_classes_are_asked_one_by_one(network, street):
+    "The default score is the sigmoid where an image has several classes, the softmax elsewhere"
+    explainers = {"cam": GradCAM(network), "sise": SISE(network)}
+    asked = evaluate(explainers, Street(), list(METRICS), batch=2, score="sigmoid")
+    pd.testing.assert_frame_equal(without_time(street), without_time(asked))
+    assert not street.probability.equals(evaluate(explainers, Street(), ["drop"], batch=2, score="softmax").probability)
+    assert default_score(Street()) == "sigmoid" and default_score(load_dataset("synthetic")) == "softmax"
+
+
+def test_compared_with_the_first_by_hand(street):
+    "The mean of the differences per image, and what its interval says of it"
+    table = compared(street, "cam")
+    assert list(table.index) == ["sise"] and len(table.columns) == len(METRICS)
+    for name, metric in METRICS.items():
+        own, other = (street[street.explainer == e].groupby("position")[name].mean() for e in ("sise", "cam"))
+        gap = metric.scale * (own - other).dropna()
+        mean, low, high = mean_interval(gap)
+        better = "open" if low <= 0 <= high else "better" if (mean > 0) == (metric.better == "high") else "worse"
+        cell = table.loc["sise", metric.label + (" (points)" if metric.unit else "")]
+        assert cell.endswith(f" {better}") and float(cell.split()[0]) == pytest.approx(mean, abs=0.51 if metric.unit else 0.051)
+    third = pd.concat([street, street[street.explainer == "sise"].assign(explainer="again")])
+    assert list(compared(third, "sise").loc["again"].str.split().str[-1].unique()) == ["open"]  # the same maps
+    assert compared(street[street.explainer == "cam"], "cam").empty
 
 
 def test_rows_equal_a_naive_loop(network):

@@ -10,7 +10,7 @@ from torchvision.ops import Permute
 
 from xai_companion.data.photos import photos
 from xai_companion.data.synthetic import creatures
-from xai_companion.explain import EXPLAINERS, GradCAM, Occlusion, explain, extremal
+from xai_companion.explain import EXPLAINERS, SISE, AdaSISE, GradCAM, Occlusion, explain, extremal
 from xai_companion.explain.base import activations_and_gradients
 from xai_companion.explain.cam import fuse_max
 from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
@@ -192,6 +192,15 @@ def slow_fused(model, blocks, image, target):
         open_ = scaled > threshold_otsu(scaled.numpy(), nbins=256).item()
         fused = scaled if fused is None else (fused + scaled) * open_
     return fused
+
+
+def test_the_released_code_has_one_gate():
+    model = load_model("plain_cnn")
+    options = {}, {"as_released": True}, {"otsu": "soft", "as_released": True}
+    assert [SISE(model, **own).otsu for own in options] == ["hard", "soft", "soft"]
+    for cls in (SISE, AdaSISE):
+        with pytest.raises(ValueError, match="leave out otsu"):
+            cls(model, otsu="hard", as_released=True)
 
 
 @pytest.mark.parametrize("name, options", [("sise", {}), ("ada_sise", {}), ("ada_sise", {"population": "all"})])

@@ -3,11 +3,18 @@
 import base64
 import json
 import re
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from helpers import NBS, NOTEBOOKS
 
+import xai_companion
+
 KB = 1000
+PACKAGE = Path(xai_companion.__file__).parent
+MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for file in PACKAGE.rglob("*.py")}
+DOTTED = re.compile(r"`(?:xai_companion\.)?([a-z_0-9]+(?:\.\w+)+)(?:\([^`]*\))?`")  # such as `core.seeded(0)`
 PERSONAL = re.compile(r"/(?:home|root|Users|tmp|work)/\w|[A-Z]:\\\\?Users|site-packages|dist-packages")
 PROGRESS = re.compile(r"\d%\||\bit/s\b|application/vnd\.jupyter\.widget")
 
@@ -49,6 +56,21 @@ def test_figures_are_small(notebook):
 def test_notebook_is_small(notebook):
     size = (NBS / notebook).stat().st_size
     assert size <= 300 * KB, f"{size / KB:.0f} kB; 300 kB is the limit: smaller or fewer figures"
+
+
+@per_notebook
+def test_names_in_the_text_exist(notebook):
+    "What the prose calls `module.name` can be had under this name"
+    cells = json.loads((NBS / notebook).read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    for name in DOTTED.findall(text):
+        parts = name.split(".")
+        known = next((k for k in range(len(parts), 0, -1) if ".".join(parts[:k]) in MODULES), 0)
+        if known and parts[-1] not in ("csv", "html"):  # files may be called like modules
+            found = import_module(".".join(["xai_companion", *parts[:known]]))
+            for part in parts[known:]:
+                assert hasattr(found, part), f"the text says `{name}`, and there is no {part} in {found.__name__}"
+                found = getattr(found, part)
 
 
 def test_all_notebooks_together_are_small():

@@ -258,6 +258,13 @@ def test_backgrounds_enter_the_denominator_only(released, weight):
     torch.testing.assert_close(logits, model(views.images)[:12])
 
 
+def test_the_released_code_has_one_weight():
+    for weight in (0.5, 1.0):
+        with pytest.raises(ValueError, match="leave it out, or as_released"):
+            Config(recipe="exconb", options={"as_released": True, "background_weight": weight})
+    assert Config(recipe="exconb", options={"as_released": True, "background_weight": 2.0}).options["as_released"]
+
+
 def test_edda_loss_of_a_step_by_hand():
     model = net().eval()
     recipe = ready("edda", model, options={"keep_weight": 0.5, "drop_weight": 2.0})

@@ -170,6 +170,18 @@ def test_figures_stay_small():
     assert mime == "image/png" and len(data) < 60_000 and abs(picture.width - 2 * width) <= 1
 
 
+def test_methods_keep_their_colours():
+    "All of them in one figure, beside a gradient of as many colours as there may be"
+    fig, (left, right) = viz.subplots(1, 2, (7, 3))
+    for i, colour in enumerate(viz.PALETTE):
+        left.plot([0, 1], [i, i + 1], color=colour)
+    right.imshow(np.arange(256)[None], aspect="auto", cmap="viridis")
+    _, data, _ = fig.small()
+    stored = Image.open(io.BytesIO(data)).convert("RGB")
+    found = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in stored.getcolors(10**6)}
+    assert set(viz.PALETTE) <= found and len(found) <= 48
+
+
 def test_notebooks_get_the_small_picture(monkeypatch):
     display = pytest.importorskip("IPython.display")
     shown = []

@@ -105,10 +105,10 @@ def dtype_name(dtype: torch.dtype | None) -> str:
     "What a network computes in, under autocast or without"
     return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
-def maskers(model: nn.Module, masks: int, **options) -> dict:
+def maskers(model: nn.Module, name: str, masks: int, **options) -> dict:
     "The methods that mask, each limited to about `masks` masks"
     per_layer = masks // 5
-    return {"RISE": limited(RISE, masks)(model, **options), "Score-CAM": limited(ScoreCAM, masks)(model, **options),
+    return {"RISE": limited(RISE, masks)(model, n_masks=4000 if "vgg" in name else 8000, **options), "Score-CAM": limited(ScoreCAM, masks)(model, **options),
             "SISE": limited(SISE, per_layer)(model, **options), "Ada-SISE": limited(AdaSISE, per_layer)(model, **options)}
 
 def bench_masks(name: str,          # for `network`
@@ -123,8 +123,8 @@ def bench_masks(name: str,          # for `network`
     model, image = network(name, device), photos(size)[:1].to(device)
     if compiled:
         model.network.compile()
-    explainers = maskers(model, masks, dtype=dtype)
-    both = {**explainers, **{f"{method}, none": e for method, e in maskers(model, 0, dtype=dtype).items()}}
+    explainers = maskers(model, name, masks, dtype=dtype)
+    both = {**explainers, **{f"{method}, none": e for method, e in maskers(model, name, 0, dtype=dtype).items()}}
     contestants = {method: partial(e.attribute, image, 285) for method, e in both.items()}
     seconds = rounds(contestants | {"bare": bare_passes(model, image, masks, dtype=dtype)}, repeats, device)
     about = dict(model=name, size=size, masks=masks, device=device, dtype=dtype_name(dtype))
@@ -219,7 +219,7 @@ def bench_small(repeats: int = 5, device: str = "cpu", images: int = 16, size: i
     torch.manual_seed(0)
     model = load_model("resnet18", weights=None, small=True, num_classes=200, device=device)
     batch = photos(size).repeat(images // 4, 1, 1, 1).to(device)
-    explainers = maskers(model, masks) | {"RISE": limited(RISE, masks)(model, n_masks=masks // images)}
+    explainers = maskers(model, "resnet18", masks) | {"RISE": limited(RISE, masks)(model, n_masks=masks // images)}
     contestants = {method: partial(e.attribute, batch, 0) for method, e in explainers.items()}
     seconds = rounds(contestants | {"bare": bare_passes(model, batch, masks)}, repeats, device)
     return [ratio_record(f"{method}: ResNet-18 for small images", seconds[method], [s * e.run / masks for s in seconds["bare"]], "bare passes",

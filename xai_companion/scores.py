@@ -34,8 +34,9 @@ def check_target(target,       # an int, a list of ints or a tensor (N,)
     try:
         target = torch.as_tensor(target)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"target must be class indices (None, an int, a list of ints or a tensor), got {target!r:.80}: of "
-                        "grad-cam's ClassifierOutputTarget(281) give the 281") from error
+        shown = repr(target) if len(repr(target)) <= 80 else f"{repr(target)[:77]}..."
+        raise TypeError(f"target must be class indices (None, an int, a list of ints or a tensor), got {shown}; from "
+                        "grad-cam's ClassifierOutputTarget(281) take the 281") from error
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target must be class indices, got {target.dtype}")
     if target.dim() > 1 or (target.dim() == 1 and len(target) != n):

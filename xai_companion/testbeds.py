@@ -40,6 +40,7 @@ class Testbed:
     score: str = "softmax"       # what a class score is; "sigmoid" for multi-label networks
     batch: int = 8               # images at a time
     dtype: torch.dtype | None = None  # of the passes over masked images: torch.bfloat16 under autocast, or None for float32
+    masks: int = 8000            # of RISE, as its authors have them for ResNet-50
     areas: tuple = (0.025, 0.05, 0.1, 0.2)  # shares of the image that Extremal Perturbation keeps: its paper's for VOC
     own: dict = field(default_factory=dict)  # limits by profile: images at most, and seconds per explainer; others: as the page asks
 
@@ -121,7 +122,7 @@ def _checkpoint(name, file, remedy=""):
 def _published(network, title, name, split, score, areas=Testbed.areas, **options):
     "A testbed of the papers"
     return Testbed(f"{network}, {title}", _checkpoint(network, f"{name}_{network}.pt"), lambda: load_dataset(name, split, **options),
-                   size=None if name == "severstal" else 224, score=score, areas=areas)
+                   size=None if name == "severstal" else 224, score=score, masks=4000 if network == "vgg16" else 8000, areas=areas)
 
 TRAIN_ELPV = "xai-companion train --data elpv --model resnet18 --size 224 --epochs 60"
 
@@ -165,11 +166,11 @@ def methods(model: nn.Module,
             ) -> dict:  # explainer by the name that tables show
     "The explainers of SISE's tables, at the size of the current profile"
     options = {"score": bed.score, "dtype": bed.dtype}
-    masks = by_profile(smoke=20, quick=200, cpu=1000, gpu=8000)
+    masks = by_profile(smoke=20, quick=200, cpu=1000, gpu=bed.masks)
     steps = by_profile(smoke=2, quick=50, cpu=100, gpu=800)
     areas, stride = by_profile(smoke=(0.05, 0.2), gpu=bed.areas), 800 / steps
     pairs = 256 if next(model.parameters()).is_cuda else 16
-    few, short = (f" ({masks} masks)" if masks < 8000 else ""), (f" ({steps} steps, 2 areas)" if steps < 800 else "")
+    few, short = (f" ({masks} masks)" if masks < bed.masks else ""), (f" ({steps} steps, 2 areas)" if steps < 800 else "")
     return {
         "Grad-CAM": GradCAM(model),
         "Grad-CAM++": GradCAMPlusPlus(model),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ABOVE', 'BELOW', 'CLAIMS', 'MARKS', 'SETTING_STYLES', 'paired_p', 'holm_levels', 'within', 'verdict', 'over_settings',
-           'save_comparisons', 'stored_comparisons', 'judged', 'claims', 'difference_text', 'comparisons', 'forest']
+           'paired_intervals', 'save_comparisons', 'stored_comparisons', 'judged', 'claims', 'difference_text',
+           'comparisons', 'forest']
 
 # %% ../nbs/02a_verdicts.ipynb #8afd6d4d
 import math
@@ -86,7 +87,7 @@ CLAIMS = {
     },
     "integrated_gradcam": {
         1: "integrating along a path gives better localisation and fidelity than Grad-CAM and Grad-CAM++",
-        2: "Grad-CAM's average gradient terms underestimate the contribution of the representations",
+        2: "Grad-CAM's average gradient terms underestimate the contribution of the representations, and the integral mends that",
     },
     "edda": {
         1: "training makes it so that hiding the salient region lowers the confidence, and hiding the rest does not",
@@ -121,6 +122,18 @@ def _wins(values, claimed, unit):
     better = values if claimed[1] is None else -values
     return {"wins": [round(float((better > 0).mean()), 4), round(float((better < 0).mean()), 4)]}
 
+def paired_intervals(differences: dict,  # by rival: (N,) differences, one per image or seed
+                     claimed,            # the range that the claim names: `ABOVE`, `BELOW`, `within(margin)`
+                     unit: str = "points",  # of the differences
+                     ) -> dict:          # by rival: mean, low end, high end
+    "The mean difference to each rival, with its interval at the level that Holm's procedure gives it in this family"
+    arrays = {name: np.asarray(d, dtype=float) for name, d in differences.items()}
+    short = [name for name, d in arrays.items() if d.ndim != 1 or len(d) < 2 or not np.isfinite(d).all()]
+    if short or not arrays:
+        raise ValueError(f"a comparison needs two or more finite differences; {', '.join(short) or 'every rival'} has none")
+    levels = holm_levels([paired_p(d - _nearest_bound(d.mean(), claimed)) for d in arrays.values()])
+    return {name: _interval(d, level, unit) for (name, d), level in zip(arrays.items(), levels, strict=True)}
+
 def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, edda or excon
                      claim: int,         # its number in `CLAIMS`
                      setting: str,       # where: network and data
@@ -134,14 +147,9 @@ def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, e
     if claim not in CLAIMS.get(paper, {}):
         raise ValueError(f"{paper} has no claim {claim}: there are {', '.join(map(str, CLAIMS.get(paper, {}))) or 'none'}")
     kept = {name: about.pop(name) for name in ("data", "device", "seconds", "dtype") if name in about}
-    arrays = {name: np.asarray(d, dtype=float) for name, d in differences.items()}
-    short = [name for name, d in arrays.items() if d.ndim != 1 or len(d) < 2 or not np.isfinite(d).all()]
-    if short or not arrays:
-        raise ValueError(f"a comparison needs two or more finite differences; {', '.join(short) or 'every rival'} has none")
-    levels = holm_levels([paired_p(d - _nearest_bound(d.mean(), claimed)) for d in arrays.values()])
     made = []
-    for (name, values), level in zip(arrays.items(), levels, strict=True):
-        mean, *ends = _interval(values, level, unit)
+    for name, (mean, *ends) in paired_intervals(differences, claimed, unit).items():
+        values = np.asarray(differences[name], dtype=float)
         config = {"row": f"claim {claim}: {metric}, {name}", "claim": claim, "setting": setting, "metric": metric, "rival": name,
                   "claimed": list(claimed), **about}
         made.append(record(config, value=mean, n=len(values), interval=tuple(ends), unit=unit, **kept) | _wins(values, claimed, unit))

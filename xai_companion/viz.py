@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BLUE', 'SKY', 'RED', 'ORANGE', 'TEAL', 'PURPLE', 'NAVY', 'BLACK', 'PALETTE', 'METHODS', 'CMAP', 'LOOK',
            'method_label', 'method_color', 'method_style', 'check_photos', 'color_table', 'colorize', 'check_pair',
-           'as_picture', 'overlay', 'PageFigure', 'PhotoFigure', 'subplots', 'one_each', 'show_images', 'show_maps',
-           'curves', 'reliability_diagram']
+           'as_picture', 'overlay', 'few_colours', 'PageFigure', 'PhotoFigure', 'subplots', 'one_each', 'show_images',
+           'show_maps', 'curves', 'reliability_diagram']
 
 # %% ../nbs/01_viz.ipynb #5f3743ac
 import base64
@@ -169,11 +169,19 @@ def overlay(images: torch.Tensor,   # images (N, 1 or 3, H, W) in [0, 1]
     return (1 - opacity) * images + opacity * colorize(unit, cmap)
 
 # %% ../nbs/01_viz.ipynb #35e9e2c0
+def few_colours(sharp: Image.Image) -> Image.Image:
+    "The picture in 48 colours: the 20 most frequent ones as they are, the others near"
+    counted = sorted(sharp.getcolors(sharp.width * sharp.height), reverse=True)
+    blends = sharp.quantize(28, dither=Image.Dither.NONE)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*(value for _, colour in counted[:20] for value in colour), *blends.getpalette()])
+    return sharp.quantize(palette=palette, dither=Image.Dither.NONE)
+
 class PageFigure(Figure):
     "A figure that notebooks show as a PNG of few colours"
     def _encode(self, sharp: Image.Image, page: tuple) -> tuple[str, bytes]:
         file = io.BytesIO()
-        sharp.quantize(48, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+        few_colours(sharp).save(file, "PNG", optimize=True)
         return "image/png", file.getvalue()
 
     def small(self) -> tuple[str, bytes, tuple[int, int]]:  # MIME type; the file; width and height on the page in pixels

@@ -11,6 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 from ..core import pick_device, rank_and_world
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #76f73229
@@ -34,12 +36,30 @@ def for_classes(model, data, outputs):
     return model
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #9d4c04fc
+def _report(frame, metrics, out):
+    "Print the tables of a pass, and write them and all rows"
+    from xai_companion.evaluate import SIZES, by_size, compared, summary
+    tables, first = {"summary": summary(frame)}, frame.explainer.iloc[0]
+    if frame.explainer.nunique() > 1:
+        tables["compared"] = compared(frame, first)
+    if frame.drop_duplicates(["position", "label"]).area.count() >= len(SIZES):
+        sized = by_size(frame)
+        tables["by_size"] = pd.concat({third: summary(sized[sized.third == third]) for third in SIZES}, names=["object"])
+    frame.to_csv(out / "rows.csv", index=False)
+    for name, table in tables.items():
+        table.to_csv(out / f"{name}.csv")
+    titles = {"compared": f"\nMinus {first}, on the same images:\n", "by_size": "\nBy the size of the object, in thirds:\n"}
+    print(*(f"{titles.get(name, '')}{table}" for name, table in tables.items()), sep="\n")
+    print(f"\n{len(frame)} rows in {out / 'rows.csv'}, the tables in {', '.join(f'{name}.csv' for name in tables)}")
+    for metric in [m for m in metrics if frame[m].isna().all()]:
+        print(f"{metric} is empty: no image of this set says where its object is")
+
 def run_evaluate(args) -> int:
     "xai-companion evaluate"
     from xai_companion.commands.options import check_folder, check_numbers, check_takes, names_in
     from xai_companion.commands.options import model_from, parse_methods
     from xai_companion.data.datasets import load_dataset
-    from xai_companion.evaluate import evaluate, summary
+    from xai_companion.evaluate import default_score, evaluate
     check_numbers(args, "n", "size", "batch", "classes")
     if args.budget is not None and not args.budget > 0:
         raise ValueError(f"budget must be above 0 seconds, got {args.budget:g}")
@@ -52,22 +72,19 @@ def run_evaluate(args) -> int:
     model = model_from(args.model, args.weights, args.classes, device)
     outputs = check_takes(model, tuple(data[0].image.shape[1:]) if args.size is None else (args.size, args.size))
     model = for_classes(model, data, outputs)
-    explainers = parse_methods(args.methods, model, args.score)
+    score = args.score or default_score(data)
+    explainers = parse_methods(args.methods, model, None if args.score is None and score == "softmax" else score)
     if args.fresh:
         shutil.rmtree(out / "batches", ignore_errors=True)
     try:
         frame = evaluate(explainers, data, metrics, n=args.n, seed=args.seed, size=args.size, batch=args.batch, budget=args.budget,
-                         folder=out / "batches", device=str(device), score=args.score or "softmax")
+                         folder=out / "batches", device=str(device), score=score)
     except KeyboardInterrupt:
         print(f"stopped: the finished batches are in {out / 'batches'}, and the same command goes on from there", file=sys.stderr)
         return 130
     if rank == 0:
-        table = summary(frame)
-        frame.to_csv(out / "rows.csv", index=False)
-        table.to_csv(out / "summary.csv")
-        print(f"{data}\n{table}\n{len(frame)} rows in {out / 'rows.csv'}")
-        for metric in [m for m in metrics if frame[m].isna().all()]:
-            print(f"{metric} is empty: no image of this set says where its object is")
+        print(f"{data}; class scores: {score}")
+        _report(frame, metrics, out)
     return 0
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #c2032424
@@ -80,7 +97,8 @@ def add_evaluate(commands):
                    "a folder of images per class (default: %(default)s)")
     p.add_argument("--split", help="part of the data set (default: the one that is for evaluation)")
     p.add_argument("--root", help="folder of the data set, or of all data sets (default: the one in settings.ini)")
-    p.add_argument("--methods", default="gradcam,sise", metavar="NAME[:OPTION=VALUE],...", help="methods, see `xai-companion explain --help`, with options (default: %(default)s)")
+    p.add_argument("--methods", default="gradcam,sise", metavar="NAME[:OPTION=VALUE],...", help="methods, see `xai-companion explain --help`, with options; the others are compared with the first "
+                   "(default: %(default)s)")
     p.add_argument("--metrics", default="ebpg,miou,bbox,drop,increase",
                    help="of ebpg, miou, bbox, pointing, drop, increase, insertion, deletion, soft_drop, soft_increase (default: %(default)s)")
     p.add_argument("--n", type=int, help="number of images (default: all)")
@@ -88,8 +106,8 @@ def add_evaluate(commands):
     p.add_argument("--size", type=int, help="squash the images to this side in pixels (default: as they are)")
     p.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     p.add_argument("--budget", type=float, metavar="SECONDS", help="seconds per method; a method that needs more stops after a batch")
-    p.add_argument("--score", choices=("softmax", "sigmoid", "logit"), help="what a class score is, for metrics and methods (default: softmax, and for a "
-                   "variant of Score-CAM its own)")
+    p.add_argument("--score", choices=("softmax", "sigmoid", "logit"), help="what a class score is, for metrics and methods (default: softmax, for "
+                   "sets with several classes per image sigmoid, and for a variant of Score-CAM its own)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--out", default="evaluation", help="folder to write to (default: %(default)s)")
     p.add_argument("--fresh", action="store_true", help="forget the batches in that folder")

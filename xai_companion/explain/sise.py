@@ -125,16 +125,18 @@ class SISE(MaskedExplainer, name="sise"):
                  model: nn.Module,   # takes images in [0, 1], returns logits (N, K)
                  layers=None,        # names or modules, one per block; default: `conv_blocks`
                  mu: float = 0.0,    # selection threshold in [0, 1): maps with alpha above mu times the largest are kept
-                 otsu: str = "hard", # the gate of the fusion: "hard" or "soft"
+                 otsu: str | None = None,  # the gate of the fusion: "hard" (the default) or "soft"
                  as_released: bool = False,  # the lab's course code: soft gate, outputs of pooling layers
                  **options,          # score, fill, chunk and dtype of `MaskedExplainer`
                  ):
         super().__init__(model, layers, **options)
         if not 0 <= mu < 1:
             raise ValueError(f"mu is a share of the largest alpha, at least 0 and below 1; got {mu!r}")
-        if otsu not in ("hard", "soft"):
+        if otsu not in (None, "hard", "soft"):
             raise ValueError(f"otsu is 'hard' or 'soft', got {otsu!r}")
-        self.mu, self.otsu, self.as_released = mu, "soft" if as_released else otsu, as_released
+        if as_released and otsu == "hard":
+            raise ValueError("the released code has the soft gate: leave out otsu='hard', or as_released")
+        self.mu, self.otsu, self.as_released = mu, otsu or ("soft" if as_released else "hard"), as_released
 
     def default_layers(self, size):
         layers = conv_blocks(self.model, size)

@@ -83,6 +83,7 @@ class SupCon(Recipe, name="supcon"):
         if moment.part == "classifier":
             with torch.no_grad(), evaluating(model), entering(model, self.classifier) as seen:
                 model(views.images)
+            torch.clear_autocast_cache()  # PyTorch 2.6 keeps what was cast without gradients
             logits = self.classifier(seen[0]).float()
             return F.cross_entropy(logits, views.labels, label_smoothing=self.config.smoothing), logits
         with entering(model, self.classifier) as seen:
@@ -163,6 +164,14 @@ class ExConB(ExCon, name="exconb"):
     "ExCon in which masked images that are not recognised are negatives"
     options = ExCon.options | {"background_weight": 1.0, "as_released": False}
     backgrounds = True
+
+    @classmethod
+    def check(cls, options):
+        found = super().check(options)
+        if found["as_released"] and options.get("background_weight", 2.0) != 2.0:
+            raise ValueError(f"the released code has a background_weight of 2, got {options['background_weight']!r}: leave it out, "
+                             "or as_released")
+        return found
 
     @property
     def background_weight(self):
