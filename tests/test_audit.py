@@ -109,6 +109,19 @@ def test_a_report_names_the_weights_by_their_checksum():
 
 # ---------------------------------------------------------------- streaming and interruption
 
+def test_what_is_printed_of_an_audit():
+    made = run()
+    assert repr(made).splitlines() == [f"Audit of {len(made.facts)} images", *made.first_look]
+
+
+def test_a_softmax_at_the_end_is_noticed():
+    model = Scripted(NAMES)
+    soft = torch.nn.Sequential(model, torch.nn.Softmax(1))
+    soft.classes = NAMES
+    with pytest.warns(UserWarning, match="take out the softmax"):
+        audit(soft, Cards(CARDS), Corner(soft))
+
+
 def test_images_are_not_kept():
     data = Cards([(i % 3, (i + (i % 5 == 0)) % 3, 0.5 + i / 300, 4) for i in range(120)])
     model = Scripted(NAMES)
@@ -174,7 +187,7 @@ class Nan(Scripted):
     (lambda: Cards(CARDS), {"device": "cuda:7"}, "cuda:7"),
     (lambda: Cards(CARDS), {"explainer": "gradkam"}, "did you mean 'gradcam'"),
     (lambda: Cards(CARDS), {"explainer": Corner(Scripted())}, "another model"),
-    (lambda: Cards(CARDS), {"model": Two(NAMES)}, "one output"),
+    (lambda: Cards(CARDS), {"model": Two(NAMES)}, "torch.cat([torch.zeros_like(x), x], 1), whose softmax is the sigmoid"),
     (lambda: Cards(CARDS), {"model": Nan(NAMES)}, "the model returns NaN or infinite logits"),
     (lambda: Cards(CARDS), {"batch": 0}, "batch must be"), (lambda: Cards(CARDS), {"batch": -1}, "batch must be"),
     (lambda: Cards(CARDS), {"model": Scripted(outputs=4)}, "4 outputs without names"),

@@ -735,7 +735,6 @@ class One(ImageSet):
         (dict(boxes=torch.tensor([[0.0, 0, 10, 8]]), box_labels=(1,)), "is not in the image of 8 x 8"),
         (dict(boxes=torch.tensor([[4.0, 0, 3, 8]]), box_labels=(1,)), "is not in the image"),
         (dict(boxes=torch.tensor([[4.0, 0, 6, 8]]), box_labels=(0,)), "1 boxes of the classes"),
-        (dict(boxes=torch.tensor([[4.0, 0, 6, 8]]), box_labels=()), "1 boxes of the classes"),
         (dict(masks=torch.zeros(1, 1, 4, 4, dtype=torch.bool)), "a mask is"),
         (dict(masks=torch.zeros(2, 1, 8, 8, dtype=torch.bool)), "2 masks for 1 labels"),
         (dict(extra={"part": torch.zeros(1, 8, 8)}), "a mask is torch.float32"),

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from helpers import QUIET, command
+from torchvision.datasets import ImageFolder
 from torchvision.utils import save_image
 
 from xai_companion.data.datasets import load_dataset
-from xai_companion.data.items import ImageSet, Item
+from xai_companion.data.items import ImageSet, Item, Pairs
 from xai_companion.data.synthetic import Synthetic
 from xai_companion.evaluate import (
     Ledger,
@@ -429,8 +430,75 @@ def test_evaluate_leaves_no_trace():
 
 
 def test_labels_that_the_model_does_not_have(network):
-    with pytest.raises(ValueError, match="out of range: the model has the classes 0 to 5"):
+    class Named(Street):
+        def __init__(self, *names):
+            self.classes = list(names)
+
+    with pytest.raises(ValueError, match="the model has 6 outputs, synthetic 20 classes: set model.classes"):
         evaluate({"cam": GradCAM(network)}, Synthetic("test", n=12, size=32), ("ebpg",))
+    named = trap_network()
+    named.classes = list("abcdef")
+    assert len(evaluate({"cam": GradCAM(named)}, Named(*"ABCDEF"), ("ebpg",), n=2)) > 1  # capitals say nothing
+    with pytest.raises(ValueError, match=r"by name they are \[1, 0, 2, 3, 4\].*Restricted"):
+        evaluate({"cam": GradCAM(named)}, Named(*"bacdef"), ("ebpg",), n=2)
+    with pytest.raises(ValueError, match="'x' is not one of them"):
+        evaluate({"cam": GradCAM(named)}, Named(*"abcdex"), ("ebpg",), n=2)
+
+
+@pytest.mark.parametrize("wrong, kind, message", [
+    ({"explainers": GradCAM}, TypeError, "must be a dict of names and explainers"), ({"explainers": {"a": "gradcam"}}, TypeError, "must be a dict"),
+    ({"metrics": "drop"}, TypeError, r"a list of names, such as \['drop'\]"), ({"metrics": [ebpg]}, TypeError, "a list of names"),
+    ({"data": [1, 2]}, TypeError, "an ImageSet, not a list: data.items.Pairs"),
+    ({"top": 0.3, "metrics": ["insertion"]}, ValueError, "has an option 'top': it belongs to drop and increase"),
+    ({"foo": 3}, ValueError, "has an option 'foo': there are score, fill"), ({"fill": (124, 116, 104)}, ValueError, r"a fill lies in \[0, 1\]"),
+])
+def test_wrong_arguments(network, wrong, kind, message):
+    usual = {"explainers": {"cam": GradCAM(network)}, "data": Street(), "metrics": ["drop", "ebpg"]}
+    with pytest.raises(kind, match=message):
+        evaluate(**usual | wrong)
+
+
+def test_each_metric_takes_its_own_options(network):
+    "`top` changes Drop, `steps` the curves, `fill` both"
+    cam, both = {"cam": GradCAM(network)}, ["drop", "insertion"]
+    usual, top, steps, fill = (evaluate(cam, Street(), both, **own) for own in ({}, {"top": 0.5}, {"steps": 3}, {"fill": "blur"}))
+    assert not top["drop"].equals(usual["drop"]) and top["insertion"].equals(usual["insertion"])
+    assert steps["drop"].equals(usual["drop"]) and not steps["insertion"].equals(usual["insertion"])
+    assert not fill["drop"].equals(usual["drop"])
+
+
+def test_probabilities_in_the_place_of_logits():
+    model = torch.nn.Sequential(load_model("plain_cnn"), torch.nn.Softmax(1))
+    with pytest.warns(UserWarning, match="take out the softmax"):
+        evaluate({"saliency": EXPLAINERS["saliency"](model)}, Synthetic("test", n=4, size=32), ("drop",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate({"saliency": EXPLAINERS["saliency"](model[0])}, Synthetic("test", n=4, size=32), ("drop",))
+
+
+def test_pairs_of_images_and_labels(network, tmp_path):
+    "A torchvision data set, a list of tensors and bytes: the same rows as an ImageSet of the same images"
+    model, data = load_model("plain_cnn"), Synthetic("test", n=4, size=32)
+    pixels = [((item.image * 255).round().byte(), item.label) for item in data]
+    rows = []
+    for pairs in (pixels, [(image.float() / 255, torch.tensor(label)) for image, label in pixels]):
+        rows.append(evaluate({"cam": GradCAM(model)}, Pairs(pairs, data.classes), ("drop",)))
+    pd.testing.assert_frame_equal(*map(without_time, rows))
+    assert sorted(rows[0]["label"]) == sorted(label for _, label in pixels)
+    for image, label in pixels:
+        place = tmp_path / data.classes[label]
+        place.mkdir(exist_ok=True)
+        save_image(image / 255, place / f"{label}.png")
+    found = Pairs(ImageFolder(tmp_path))
+    assert found.classes == sorted({data.classes[label] for _, label in pixels})
+    torch.testing.assert_close(found[0].image, dict(zip((data.classes[k] for _, k in pixels), pixels, strict=True))[found.classes[0]][0] / 255)
+    with pytest.raises(ValueError, match="give classes"):
+        Pairs(pixels)
+    with pytest.raises(TypeError, match="of a DataLoader give its dataset"):
+        Pairs(torch.utils.data.DataLoader(pixels), data.classes)
+    assert Item("a", torch.rand(3, 4, 4), torch.tensor(2), torch.tensor([[0, 0, 1, 1]])).box_labels == (2,)
+    with pytest.raises(ValueError, match="2 boxes and 1 box_labels"):
+        Item("a", torch.rand(3, 4, 4), (1, 2), torch.zeros(2, 4), (1,))
 
 
 def test_images_of_different_sizes_need_a_size(network):

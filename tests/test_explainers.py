@@ -11,7 +11,8 @@ from torchvision.ops import Permute
 from xai_companion.data.photos import photos
 from xai_companion.data.synthetic import creatures
 from xai_companion.explain import EXPLAINERS, SISE, AdaSISE, GradCAM, Occlusion, explain, extremal
-from xai_companion.explain.base import activations_and_gradients
+from xai_companion.explain.adapters import as_quantus
+from xai_companion.explain.base import activations_and_gradients, get_explainer
 from xai_companion.explain.cam import fuse_max
 from xai_companion.explain.contract import PROMISES, check_explainer, trap_images, trap_network
 from xai_companion.explain.extremal import area_penalty, smoothing_kernel
@@ -568,10 +569,60 @@ def test_targets_of_gradcam():
             explain(model, images, target=wrong)
 
 
+@pytest.mark.parametrize("name, method", [("Grad-CAM", "gradcam"), ("GradCAM++", "gradcampp"), ("Ada-SISE", "ada_sise"),
+                                          ("Integrated Grad-CAM", "integrated_gradcam"), ("score-cam", "scorecam")])
+def test_methods_as_papers_write_them(name, method):
+    assert get_explainer(name) is EXPLAINERS[method]
+
+
+def test_an_unknown_option_names_those_that_there_are():
+    model = load_model("plain_cnn")
+    with pytest.raises(ValueError, match="gradcam cannot be made with layer='block1'.*its options are layers, relu"):
+        explain(model, trap_images(), "gradcam", layer="block1")
+    with pytest.raises(TypeError, match="must be a torch.nn.Module"):
+        explain("plain_cnn", trap_images())
+
+
+@pytest.mark.parametrize("name, options", [("rise", {"n_masks": 20}), ("smoothgrad", {"samples": 3}), ("shapley", {"samples": 1, "cells": 3})])
+def test_random_methods_have_a_seed(name, options):
+    model, image = trap_network(), trap_images()[:1]
+    first, again, other = (explain(model, image, name, 1, seed=seed, **options) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, explain(model, image, name, 1, **options))
+    for wrong in (None, 1.5, -1, True):
+        with pytest.raises(ValueError, match="seed must be a whole number"):
+            explain(model, image, name, 1, seed=wrong, **options)
+
+
+def test_models_of_two_dtypes_take_images_of_either():
+    class Mixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Conv2d(3, 4, 3).bfloat16()
+            self.head = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.body(x.bfloat16()).relu().mean((2, 3)).float())
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert explain(Mixed(), images, "rise", 1, n_masks=4).dtype == torch.float32
+    with pytest.raises(TypeError, match=r"use images.to\(torch.bfloat16\)"):
+        explain(Mixed(), images.double(), "rise", 1, n_masks=4)
+
+
+def test_quantus_may_leave_out_the_targets():
+    model, images = trap_network(), trap_images()
+    as_function = as_quantus("gradcam")
+    torch.testing.assert_close(torch.from_numpy(as_function(model, images.numpy(), None)), explain(model, images))
+    other = trap_network(1)  # the explainer of the first model is not kept for another one
+    torch.testing.assert_close(torch.from_numpy(as_function(other, images.numpy(), [1] * len(images))), explain(other, images, target=1))
+
+
 def test_masked_images_without_a_score():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 3))
+    class Logarithm(torch.nn.Module):
+        def forward(self, x):
+            return x.log().mean((2, 3)) * 0
     with pytest.raises(ValueError, match="NaN for masked images"):
-        explain(model, torch.rand(1, 3, 8, 8), "rise", 1, n_masks=4, fill=float("nan"))
+        explain(Logarithm(), torch.rand(1, 3, 8, 8) + 1e-3, "rise", 1, n_masks=4)
 
 
 @pytest.mark.parametrize("weight, shape, remedy", [

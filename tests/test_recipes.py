@@ -342,7 +342,7 @@ def test_collapse_is_named():
     ("edda", {"tau": "half"}, "tau must be a number, got 'half'"), ("edda", {"tau": [0.5]}, r"tau must be a number, got \[0.5\]"),
     ("supcon", {"staged": "False"}, "staged must be true or false, got 'False'"), ("supcon", {"staged": 1}, "staged must be true or false"),
     ("edda", {"explainer": "sise"}, "explainer must be a dictionary, got 'sise'"), ("edda", {"share": "x"}, "share must be a number"),
-    ("edda", {"method": "Grad-CAM++"}, "did you mean 'gradcampp'"), ("edda", {"method": 5}, "unknown method 5"),
+    ("edda", {"method": "Grad-CAN++"}, "did you mean 'gradcampp'"), ("edda", {"method": 5}, "unknown method 5"),
 ])
 def test_bad_options(name, options, words):
     with pytest.raises(ValueError, match=words):

@@ -9,6 +9,7 @@ from helpers import BASE, same, small_net, toy
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import googlenet
 
 from xai_companion.data.datasets import load_dataset
 from xai_companion.data.loader import epoch_order
@@ -218,6 +219,17 @@ def test_bad_data(tmp_path, data, options, words):
     with pytest.raises(ValueError, match=words):
         fit(replace(BASE, **options), data(), model=small_net(), folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model, kind, words", [
+    (small_net().requires_grad_(False), ValueError, "all parameters of the model are frozen"),
+    (small_net().bfloat16(), TypeError, r"parameters of torch.bfloat16: train model.float\(\)"),
+    (lambda: googlenet(num_classes=3, init_weights=False), ValueError, "aux_logits=False"),
+])
+def test_models_that_do_not_learn(model, kind, words):
+    model = model if isinstance(model, nn.Module) else model()
+    with pytest.raises(kind, match=words):
+        fit(BASE, toy(), model=model, classes=["a", "b", "c"])
 
 
 @pytest.mark.parametrize("labels, classes, words", [

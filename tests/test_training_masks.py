@@ -193,7 +193,7 @@ def test_maps_of_an_explainer_of_ones_own(model, data):
 
 
 @pytest.mark.parametrize("call, kind, message", [
-    (lambda m, d: current_maps(m, d.image, d.label, "grad-cam"), ValueError, "did you mean 'gradcam'"),
+    (lambda m, d: current_maps(m, d.image, d.label, "gradcan"), ValueError, "did you mean 'gradcam'"),
     (lambda m, d: current_maps(m, d.image, d.label, "saliency", layers="block2"), ValueError, "takes no layers"),
     (lambda m, d: current_maps(m, d.image, d.label, "saliency", signed=True), ValueError, "no ReLU to leave out"),
     (lambda m, d: current_maps(m, d.image, d.label, layers="layer2"), ValueError, "no layer 'layer2'"),

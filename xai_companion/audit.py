@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from . import findings as find
 from .audit_page import Found, Shown, audit_page
 from .core import check_counts, pick_device, progress
-from .data.items import ImageSet
+from .data.items import ImageSet, check_set
 from .evaluate import Units, describe, explain_units, load_units, model_fingerprint, seeded_order
 from .explain import Explainer, get_explainer
 from .hooks import evaluating
 from .own_data import match_classes
 from .records import commit, hardware, running_command, versions
 from .report import check_place, write_page
-from .scores import check_logits
+from .scores import check_logits, warn_of_probabilities
 from .viz import method_label
 
 # %% ../nbs/60_audit.ipynb #d2508a84
@@ -54,7 +54,8 @@ def checked_logits(model: nn.Module, images: Tensor) -> Tensor:
     with torch.inference_mode(), evaluating(model):
         logits = check_logits(model(images), len(images)).float()
     if logits.shape[1] < 2:
-        raise ValueError("the model has one output: an audit needs one per class, for example torch.cat([-x, x], 1)")
+        raise ValueError("the model has one output: an audit needs one per class, for example torch.cat([torch.zeros_like(x), x], 1), "
+                         "whose softmax is the sigmoid of x")
     if not logits.isfinite().all():
         raise ValueError("the model returns NaN or infinite logits: are its weights those that it was trained to?")
     return logits
@@ -114,6 +115,9 @@ class Audit(Found):
         "Three to five sentences: what to look at first"
         return find.first_look(self.facts, self.names)
 
+    def __repr__(self):
+        return "\n".join([f"Audit of {len(self.facts)} images", *self.first_look])
+
     def report(self,
                path: Path | str,  # the HTML file; its folder is made
                ) -> Path:         # the file written
@@ -123,6 +127,7 @@ class Audit(Found):
 # %% ../nbs/60_audit.ipynb #3c4b2384
 def make_setting(model, data, explainer, n, seed, size, class_map, device) -> tuple[Setting, list[str], str]:
     "The setting of an audit, the names of the model's classes, and how they were matched; all of it checked"
+    check_set(data)
     if data.multi_label:
         raise ValueError(f"{data.name} has several classes per image: an audit is about one class per image")
     if len(data.classes) < 2:
@@ -137,7 +142,9 @@ def make_setting(model, data, explainer, n, seed, size, class_map, device) -> tu
         raise ValueError("the explainer explains another model than the one that is audited: make it from this model")
     own = getattr(model, "input_size", None)
     setting = Setting(model, explainer, data, order, size or (own if isinstance(own, int) else None), place, [])
-    outputs, names = checked_logits(model, setting.load(range(1)).images).shape[1], getattr(model, "classes", None)
+    logits, names = checked_logits(model, setting.load(range(1)).images), getattr(model, "classes", None)
+    warn_of_probabilities(logits)
+    outputs = logits.shape[1]
     setting.outputs, how = match_classes(data.classes, outputs, names, class_map)
     named = dict(zip(setting.outputs, data.classes, strict=True))
     return setting, [str(names[k]) if names else named.get(k, f"output {k}") for k in range(outputs)], how

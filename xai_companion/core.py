@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'PROFILES', 'FLOAT32', 'Settings', 'find_settings', 'settings', 'by_profile', 'pick_device', 'span',
            'has_bfloat16', 'autocasting', 'rank_and_world', 'check_positive', 'check_between', 'check_counts',
-           'did_you_mean', 'seeded', 'replacing', 'is_watched', 'progress']
+           'check_seed', 'did_you_mean', 'seeded', 'replacing', 'is_watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #57a03c36
 import configparser
@@ -158,6 +158,12 @@ def check_counts(**counts):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 # %% ../nbs/00_core.ipynb #7d3e5c54
+def check_seed(seed) -> int:
+    "The seed, if it is a whole number of at least 0"
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+    return seed
+
 def did_you_mean(name: str,  # that does not exist
                  known,      # those that do
                  ) -> str:

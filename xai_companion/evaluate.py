@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 # %% ../nbs/50_evaluate.ipynb #7137e120
 from . import __version__
-from .core import check_counts, progress, rank_and_world
-from .data.items import ImageSet, resized
+from .core import check_counts, pick_device, progress, rank_and_world
+from .data.items import ImageSet, check_set, resized
 from .explain import Explainer
 from .hooks import evaluating, find_layers, plain_module
 from .ledger import Ledger, writing
@@ -33,7 +33,8 @@ from .metrics import METRICS, bbox_score, deletion_auc, ebpg, insertion_auc, mio
 from .metrics.faithfulness import confidence_pair, drop, increase, soft_confidence_pair
 from .records import mean_interval
 from .results import Table
-from .scores import check_score, class_scores
+from .own_data import match_classes
+from .scores import check_logits, check_score, class_scores, warn_of_probabilities
 from .verdicts import ABOVE, BELOW, difference_text, paired_intervals, verdict
 
 # %% ../nbs/50_evaluate.ipynb #b7f87ecf
@@ -133,8 +134,16 @@ def load_units(data: ImageSet,
 # %% ../nbs/50_evaluate.ipynb #b0f3671a
 _PLACES = {"ebpg": ebpg, "miou": miou, "bbox": bbox_score, "pointing": pointing_game}
 _CURVES = {"insertion": insertion_auc, "deletion": deletion_auc}
+_SHARED, _OWN = ("score", "fill", "chunk", "dtype"), {"steps": tuple(_CURVES), "top": ("drop", "increase"), "ties": ("drop", "increase")}
 _PAIRS = {"drop": (confidence_pair, drop), "increase": (confidence_pair, increase),
           "soft_drop": (soft_confidence_pair, drop), "soft_increase": (soft_confidence_pair, increase)}
+
+def _check_options(metrics, options):
+    "Raise at an option that no metric has"
+    for name in options:
+        if name not in _SHARED and not set(_OWN.get(name, ())) & set(metrics):
+            of = f"it belongs to {' and '.join(_OWN[name])}" if name in _OWN else f"there are {', '.join((*_SHARED, *_OWN))}"
+            raise ValueError(f"none of these metrics has an option {name!r}: {of}")
 
 def measure(metrics,        # names in `METRICS`
             model: nn.Module,
@@ -142,23 +151,24 @@ def measure(metrics,        # names in `METRICS`
             maps: Tensor,   # (U, 1, H, W)
             target: Tensor, # (U,)
             masks: list,    # U masks, bool (1, H, W), or None
-            **options,      # of the metrics that ask the model: score, dtype, chunk
+            **options,      # of the metrics that ask the model: score, fill, chunk, dtype, steps, top, ties
             ) -> dict:      # by metric: (U,); NaN where the place is not known
     "Every metric of some maps"
     found, pairs = {}, {}
     known = torch.tensor([mask is not None for mask in masks])
     for name in metrics:
+        own = {k: v for k, v in options.items() if k in _SHARED or name in _OWN.get(k, ())}
         if name in _PLACES:
             values = torch.full((len(maps),), torch.nan)
             if known.any():
                 places = torch.stack([mask for mask in masks if mask is not None]).to(maps.device)
                 values[known] = _PLACES[name](maps[known.to(maps.device)], places).cpu()
         elif name in _CURVES:
-            values = _CURVES[name](model, images, maps, target, **options)
+            values = _CURVES[name](model, images, maps, target, **own)
         else:
             pair, of = _PAIRS[name]
             if pair not in pairs:
-                pairs[pair] = pair(model, images, maps, target, **options)
+                pairs[pair] = pair(model, images, maps, target, **own)
             values = of(*pairs[pair])
         found[name] = values.cpu()
     return found
@@ -245,10 +255,13 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
              folder: Path | str | None = None,  # where finished batches are kept; default: nowhere
              device: str = "cpu",
              score: str | None = None,  # what a class score is: "softmax", "sigmoid" or "logit"; default: see `default_score`
-             **options,             # further options of the metrics that ask the model: dtype, chunk
+             **options,             # further options of the metrics that ask the model: fill, chunk, dtype, steps, top, ties
              ) -> pd.DataFrame:     # a row per explainer, image and class; a column per metric
     "Explain the images with every explainer, and score the maps"
-    dtype = next(_only_model(explainers, metrics).parameters(), torch.empty(0)).dtype
+    check_set(data)
+    model = _only_model(explainers, metrics)
+    _check_options(metrics, options)
+    dtype, device = next(model.parameters(), torch.empty(0)).dtype, str(pick_device(device))
     check_counts(batch=batch)
     if budget is not None and not budget > 0:
         raise ValueError(f"budget must be above 0 seconds, got {budget}")
@@ -263,6 +276,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
     if n is not None and n > len(data) and rank == 0:
         warnings.warn(f"n={n}, but {data.name} {data.split} has {len(data)} images: all of them are taken", stacklevel=2)
     order, batches, configs = _work(explainers, data, metrics, n, seed, size, batch, device, score, **options)
+    _check_classes(model, data, order[0], size, device, dtype)
     with ExitStack() as held:
         ledgers = {label: held.enter_context(writing(Ledger(folder, config, rank))) for label, config in configs.items()}
         for positions in progress(batches[rank::world], "evaluating", unit="batch"):
@@ -282,6 +296,11 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
 # %% ../nbs/50_evaluate.ipynb #466588dd
 def _only_model(explainers, metrics):
     "The model that all explainers explain; unknown metrics are an error"
+    if not isinstance(explainers, dict) or not all(isinstance(e, Explainer) for e in explainers.values()):
+        raise TypeError("explainers must be a dict of names and explainers, such as {'cam': GradCAM(model)}, "
+                        f"got {explainers!r:.80}")
+    if isinstance(metrics, str) or not all(isinstance(name, str) for name in metrics):
+        raise TypeError(f"metrics must be a list of names, such as ['drop'], got {metrics!r:.80}: there are {', '.join(METRICS)}")
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         raise ValueError(f"unknown metric {', '.join(unknown) or '(none given)'}: there are {', '.join(METRICS)}")
@@ -289,6 +308,23 @@ def _only_model(explainers, metrics):
     if len(models) != 1:
         raise ValueError(f"explainers of one model are compared, got {len(models)} models from {len(explainers)} explainers")
     return next(iter(models.values()))
+
+def _check_classes(model, data, index, size, device, dtype):
+    "Raise unless the classes of the data are the outputs 0, 1, ... of the model"
+    item = data[index] if size is None else resized(data[index], size)
+    with torch.inference_mode(), evaluating(model):
+        logits = check_logits(model(item.image[None].to(device, dtype)), 1)
+    warn_of_probabilities(logits)
+    names, classes = list(getattr(model, "classes", None) or ()), list(data.classes)
+    if names == classes or (not names and logits.shape[1] == len(classes)):
+        return
+    if not names:
+        raise ValueError(f"the model has {logits.shape[1]} outputs, {data.name} {len(classes)} classes: set model.classes to the names of "
+                         "its classes, or explain testbeds.Restricted(model, indices, data.classes), which has these outputs only")
+    outputs, how = match_classes(classes, logits.shape[1], names)
+    if outputs != list(range(len(classes))):
+        raise ValueError(f"class 0, 1, ... of {data.name} must be the outputs 0, 1, ... of the model, {how} they are {outputs[:5]}...: "
+                         "explain testbeds.Restricted(model, indices, data.classes), which has these outputs only")
 
 def _one_batch(explainers, ledgers, name, units, metrics, score, options):
     "Explain one batch with each explainer and note the rows"
@@ -342,6 +378,8 @@ def differences(frame: pd.DataFrame,  # from `evaluate`
                 metric: str,          # a name in `METRICS`
                 ) -> dict:            # by rival: (N,) ours minus theirs, on the images that both have
     "Differences per image, as tables show the metric: in percentage points where it is a percentage"
+    if missing := [name for name in (ours, *rivals) if name not in set(frame.explainer)]:
+        raise ValueError(f"no explainer {missing[0]!r} in these rows: there are {', '.join(map(repr, frame.explainer.unique()))}")
     wide = frame.pivot_table(index="position", columns="explainer", values=metric, sort=False, dropna=False) * METRICS[metric].scale
     return {rival: (wide[ours] - wide[rival]).dropna() for rival in rivals}
 

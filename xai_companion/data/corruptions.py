@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/22_data.corruptions.ipynb #503049ed
-from ..core import progress, replacing, seeded, settings
+from ..core import check_seed, progress, replacing, seeded, settings
 from .arrays import ArrayReader
 from .items import ImageSet, resized
 from .readers import DataError, ImageFolder, Reader, imagenet_wnids, need, reading
@@ -43,8 +43,7 @@ def corrupt(images: Tensor,     # uint8 (N, 3, H, W), H and W from 32 on
             ) -> Tensor:        # uint8 (N, 3, H, W)
     "The images under a corruption; the same numbers give the same result"
     _check_choice(name, severity)
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+    check_seed(seed)
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
         got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be uint8 (N, 3, H, W), got {got}: a float image in [0, 1] becomes bytes with "

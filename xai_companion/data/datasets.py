@@ -169,7 +169,7 @@ def check_item(item: Item, data: ImageSet):
         raise DataError(f"{here}: one label is expected, not {item.labels}")
     if item.boxes is not None:
         boxes = item.boxes
-        if len(boxes) != len(item.box_labels) or not set(item.box_labels) <= set(item.labels):
+        if not set(item.box_labels) <= set(item.labels):
             raise DataError(f"{here}: {len(boxes)} boxes of the classes {item.box_labels}, in an image of {item.labels}")
         if not boxes_fit(boxes, *shape[1:]):
             raise DataError(f"{here}: a box of {boxes.tolist()} is not in the image of {shape[2]} x {shape[1]} pixels")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/19_explain.adapters.ipynb #e218b621
-from ..core import check_between, check_counts, seeded
-from .base import DETACHED, Explainer, get_explainer
+from ..core import check_between, check_counts, check_seed, seeded
+from .base import DETACHED, Explainer, get_explainer, with_options
 from ..hooks import unwrapped, watch
 from ..masking import hidden
 
@@ -114,11 +114,12 @@ class SmoothGrad(CaptumExplainer, name="smoothgrad"):
                  samples: int = 25,   # noisy copies of each image
                  noise: float = 0.15, # standard deviation of the noise, as a share of max - min of the image
                  chunk: int = 32,     # copies that go through the network together
+                 seed: int = 0,       # of the noise
                  ):
         super().__init__(model, layers)
         check_counts(samples=samples, chunk=chunk)
         check_between(0, inf, noise=noise)
-        self.samples, self.noise, self.chunk = samples, noise, chunk
+        self.samples, self.noise, self.chunk, self.seed = samples, noise, chunk, check_seed(seed)
 
     def call(self, images, target, baseline):
         saliency, images, total = self.captum("Saliency"), images.detach(), 0
@@ -166,10 +167,11 @@ class ShapleySampling(CaptumExplainer, name="shapley"):
                  samples: int = 25,  # random orders; an image costs samples * cells**2 forward passes
                  fill="black",       # what hides: "black", "mean", "blur" or a tensor
                  chunk: int = 16,    # masked images that go through the network together
+                 seed: int = 0,      # of the orders
                  ):
         super().__init__(model, layers)
         check_counts(cells=cells, samples=samples, chunk=chunk)
-        self.cells, self.samples, self.baseline, self.chunk = cells, samples, fill, chunk
+        self.cells, self.samples, self.baseline, self.chunk, self.seed = cells, samples, fill, chunk, check_seed(seed)
 
     def arguments(self, images, baseline):
         rows, columns = (torch.arange(side, device=images.device) * self.cells // side for side in images.shape[2:])
@@ -243,9 +245,11 @@ class DeepLift(CaptumExplainer, name="deeplift"):
 def as_quantus(method: str,  # a name in `EXPLAINERS`
                **options):   # of the method
     "A function `explain_func(model, inputs, targets, **kwargs)` on NumPy arrays, as Quantus calls it"
+    made = []  # one explainer per model: finding its layers costs passes
+
     def explain_func(model, inputs, targets, **kwargs):
-        device = next(model.parameters()).device
-        images = torch.as_tensor(inputs, dtype=torch.float32, device=device)
-        maps = get_explainer(method)(model, **options).attribute(images, torch.as_tensor(targets))
-        return maps.cpu().numpy()
+        if not made or made[0].model is not model:
+            made[:] = [with_options(get_explainer(method), model, options)]
+        images = torch.as_tensor(inputs, dtype=torch.float32, device=next(model.parameters()).device)
+        return made[0].attribute(images, None if targets is None else torch.as_tensor(targets)).cpu().numpy()
     return explain_func

@@ -46,7 +46,8 @@ def check_images(images: Tensor,    # should be float (N, C, H, W) in [0, 1]
         raise ValueError("the model was created under torch.inference_mode, so gradients are impossible: create it outside")
     if weight.device != images.device:
         raise ValueError(f"the images are on {images.device}, the model is on {weight.device}: use images.to({str(weight.device)!r})")
-    if weight.dtype != images.dtype and not torch.is_autocast_enabled(images.device.type):
+    known = torch.is_autocast_enabled(images.device.type) or any(p.dtype == images.dtype for p in model.parameters())
+    if weight.dtype != images.dtype and not known:
         raise TypeError(f"the images are {images.dtype}, the model is {weight.dtype}: use images.to({weight.dtype})")
     return images.detach().clone() if images.is_inference() else images.detach()
 
@@ -63,6 +64,8 @@ def with_options(cls: type, model: nn.Module, options: dict):
     try:
         return cls(model, **options)
     except TypeError as error:
+        if not isinstance(model, nn.Module):
+            raise
         given = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "no options"
         raise ValueError(f"{cls.name} cannot be made with {given} ({error}): its options are "
                          f"{', '.join(option_names(cls))}") from error
@@ -217,12 +220,18 @@ class MaskedExplainer(Explainer):
                              chunk=self.chunk, dtype=self.dtype, title=self.name or "", **options)
 
 # %% ../../nbs/10_explain.base.ipynb #50a185d2
-def get_explainer(name: str) -> type:
+def _plain(name) -> str:
+    "A method's name without what papers and packages write differently"
+    return "".join(letter for letter in str(name).lower().replace("+", "p") if letter.isalnum())
+
+def get_explainer(name: str  # a name in `EXPLAINERS`; capitals, spaces and hyphens do not matter
+                  ) -> type:
     "The explainer class registered as `name`"
-    if name not in EXPLAINERS:
-        hint = did_you_mean(str(name).lower().replace("-", "").replace("+", "p"), EXPLAINERS)
+    found = {_plain(known): cls for known, cls in EXPLAINERS.items()}
+    if _plain(name) not in found:
+        hint = did_you_mean(_plain(name), EXPLAINERS)
         raise ValueError(f"unknown method {name!r}: {hint or 'there are ' + ', '.join(sorted(EXPLAINERS))}")
-    return EXPLAINERS[name]
+    return found[_plain(name)]
 
 def explain(model: nn.Module,        # takes images in [0, 1], returns logits (N, K)
             images: Tensor,          # (N, C, H, W) in [0, 1]
@@ -231,4 +240,4 @@ def explain(model: nn.Module,        # takes images in [0, 1], returns logits (N
             **options,               # of the method, such as layers=...
             ) -> Tensor:
     "Attribution maps (N, 1, H, W) of `images` by the method called `method`"
-    return get_explainer(method)(model, **options).attribute(images, target)
+    return with_options(get_explainer(method), model, options).attribute(images, target)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/13_explain.rise.ipynb #b5ac21ab
-from ..core import check_counts
+from ..core import check_counts, check_seed
 from .base import MaskedExplainer
 
 # %% ../../nbs/13_explain.rise.ipynb #31d679e9
@@ -29,6 +29,7 @@ class RISE(MaskedExplainer, name="rise"):
                  ):
         super().__init__(model, layers, **options)
         check_counts(n_masks=n_masks, cells=cells)
+        check_seed(seed)
         if not 0 < p < 1:
             raise ValueError(f"p is the probability that a cell is visible, between 0 and 1; got {p!r}")
         self.n_masks, self.cells, self.p, self.seed = n_masks, cells, p, seed

@@ -29,7 +29,7 @@ from .checkpoint import restore_run, save_run, save_weights
 from .files import COLUMNS, alone
 from .processes import average_gradients, check_same, share_buffers, share_weights, wait_for_all
 from .recipes import Batch, Config, Moment, get_recipe
-from .tensors import check_classes, check_data, check_fits, check_trainable, outputs_of, to_tensors
+from .tensors import check_classes, check_data, check_fits, check_model, check_trainable, outputs_of, to_tensors
 
 # %% ../../nbs/43_train.loop.ipynb #1ab4eebf
 def learning_rate(step: int,     # t, from 0
@@ -238,6 +238,8 @@ def _check_kind(data, what):
 def make_run(config: Config, train, val, model, classes, device, workers=None) -> Run:
     "A run, checked; data, model and classes as `fit` takes them"
     _check_kind(train, "training")
+    if model is not None:
+        check_model(model)
     if val is not None:
         _check_kind(val, "validation")
     if isinstance(train, ImageSet) and isinstance(val, ImageSet) and train.classes != val.classes:
