@@ -134,6 +134,7 @@ MISTAKES = {
         ("--batch 0", "batch must be a whole number of at least 1, got 0"),
         ("--lr 0", "lr must"),
         ("--data nowhere", "nowhere"),
+        ("--data pictures/dark", "It has images in it: if they are one class, give the folder above"),
         ("--model plain_cn", "plain_cnn"),
         ("--device cuda:99", "cuda:99"),
         ("--epochs -2", "epochs must be a whole number of at least 1, got -2"),

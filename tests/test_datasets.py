@@ -3,6 +3,8 @@
 import functools
 import http.server
 import pickle
+import re
+import shlex
 import shutil
 import tarfile
 import threading
@@ -534,7 +536,7 @@ def test_imagefolder(tmp_path):
     assert check_dataset("imagefolder", root=tmp_path / "both")[0]["images"] == 2
 
 
-def test_imagefolder_damage(tmp_path):
+def test_imagefolder_damage(tmp_path, capsys):
     with pytest.raises(ValueError, match="give your folder as root"):
         load_dataset("imagefolder")
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -548,10 +550,17 @@ def test_imagefolder_damage(tmp_path):
         load_dataset("imagefolder", root=tmp_path)
     (tmp_path / "b" / "fake.jpg").write_text("no image")
     data = load_dataset("imagefolder", root=tmp_path)
-    with pytest.raises(ValueError, match="fake.jpg"):
+    with pytest.raises(DataError, match="fake.jpg.*`xai-companion data check imagefolder --root .*` names all such files") as error:
         data[1]
-    with pytest.raises(DataError, match="1 of 2 images.*\n.*fake.jpg"):
-        check_dataset("imagefolder", root=tmp_path)
+    words = shlex.split(re.search("`xai-companion (.*)`", str(error.value))[1])
+    for i in range(7):
+        shutil.copy(tmp_path / "b" / "fake.jpg", tmp_path / "b" / f"fake-{i}.jpg")
+    assert command(*words) == 2
+    said = capsys.readouterr().err
+    assert "8 of 9 images are wrong:" in said and said.count("cannot be read as an image") == 8 and "xai-companion data" not in said
+    shutil.copytree(tmp_path / "b", tmp_path / "parts" / "train" / "b")
+    with pytest.raises(DataError, match="parts --split train` names all such files"):
+        load_dataset("imagefolder", "train", root=tmp_path / "parts")[0]
     with pytest.raises(FileNotFoundError, match="train"):
         load_dataset("imagefolder", "train", root=tmp_path)
 

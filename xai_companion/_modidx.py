@@ -526,6 +526,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'xai_companion/data/readers.py'),
                                             'xai_companion.data.readers.ImageFolder.load': ( 'data.readers.html#imagefolder.load',
                                                                                              'xai_companion/data/readers.py'),
+                                            'xai_companion.data.readers.ImageFolder.read': ( 'data.readers.html#imagefolder.read',
+                                                                                             'xai_companion/data/readers.py'),
                                             'xai_companion.data.readers.ImageNetSamples': ( 'data.readers.html#imagenetsamples',
                                                                                             'xai_companion/data/readers.py'),
                                             'xai_companion.data.readers.ImageNetSamples.load': ( 'data.readers.html#imagenetsamples.load',

@@ -198,10 +198,11 @@ def check_set(data: ImageSet,        # any set of items
             check_item(item, data)
             boxes, masks = boxes + (item.boxes is not None and len(item.boxes) > 0), masks + (item.masks is not None)
         except (ValueError, FileNotFoundError) as error:
-            problems.append(str(error))
+            problems.append(str(error).removesuffix(getattr(data, "advice", "")))
     if problems:
-        raise DataError(f"{data.name} {data.split}: {len(problems)} of {len(chosen)} images are wrong, such as\n  "
-                        + "\n  ".join(problems[:5]))
+        such = ", such as" if len(problems) > 100 else ":"
+        raise DataError(f"{data.name} {data.split}: {len(problems)} of {len(chosen)} images are wrong{such}\n  "
+                        + "\n  ".join(problems[:100]))
     return {"set": data.name, "split": data.split, "images": len(data), "opened": len(chosen),
             "classes": len(data.classes), "with boxes": boxes, "with masks": masks, "fingerprint": data.fingerprint}
 

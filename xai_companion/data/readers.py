@@ -9,6 +9,7 @@ __all__ = ['DataError', 'reading', 'need', 'Indexed', 'Reader', 'has_classes', '
 # %% ../../nbs/20_data.readers.ipynb #b190f75a
 import csv
 import operator
+import shlex
 from collections import Counter
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -148,8 +149,10 @@ def _image_folder(place: Path) -> tuple[list[str], list[tuple[Path, int]], list[
         found = Visible(place, is_valid_file=keep)
     except (FileNotFoundError, ValueError) as error:
         others = f"; these are none: {', '.join(p.name for p in ignored[:3])}" if ignored else ""
+        one_class = not has_classes(place) and any(path.suffix.lower() in SUFFIXES for path in place.iterdir())
+        above = ". It has images in it: if they are one class, give the folder above" if one_class else ""
         raise FileNotFoundError(f"{place} is no folder of class folders with images ({str(error).strip(' .')}). One folder per class is "
-                                f"expected, with files that end in {' '.join(SUFFIXES)}{others}") from None
+                                f"expected, with files that end in {' '.join(SUFFIXES)}{others}{above}") from None
     return found.classes, [(Path(path), label) for path, label in found.samples], ignored
 
 # %% ../../nbs/20_data.readers.ipynb #1e161d27
@@ -175,6 +178,15 @@ class ImageFolder(Reader):
             raise FileNotFoundError(f"there is no folder {folder if split == 'all' else folder / split}")
         self.splits = {split: None}
         super().__init__(folder, split, size, crop)
+        part = [] if self.split == "all" else ["--split", self.split]
+        check = shlex.join(["xai-companion", "data", "check", "imagefolder", "--root", str(folder), *part])
+        self.advice = f"; `{check}` names all such files"
+
+    def read(self, index):
+        try:
+            return super().read(index)
+        except ValueError as error:
+            raise DataError(f"{error}{self.advice}") from error
 
     def load(self):
         place = self.folder if self.split == "all" else self.folder / self.split
