@@ -44,6 +44,12 @@ def wrong():
 def needs(layers):
     return None
 
+def dense():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
+
+def single():
+    return nn.Sequential(nn.Conv2d(3, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
 number = 3
 """
 
@@ -178,6 +184,20 @@ MISTAKES = {
         ("--methods gradcam,,sise", "several names stand with one comma between each two"),
         ("--model mine:Pair", "the model returns a tuple, not logits (N, K)"),
         ("--out notes.txt", "notes.txt is a file, so there can be no folder notes.txt"),
+    ],
+    "evaluate --data pictures": [
+        ("--model mine:single", "the model returns one logit x, and imagefolder has two classes: wrap the model so that it returns "
+                                "torch.cat([torch.zeros_like(x), x], 1)"),
+        ("--model mine:single --score sigmoid", "which then speaks for the second class, light"),
+    ],
+    "audit mine:dense pictures --method occlusion --out new/audit.html --table new/rows.csv": [
+        ("", "the model cannot take images of 24 x 24 pixels"),
+        ("--size 16", "the model cannot take images of 16 x 16 pixels"),
+        ("--size 32 --n 0", "n must be"),
+        ("--size 32 --method gradkam", "did you mean 'gradcam'"),
+        ("--size 32 --boxes nowhere.csv", "nowhere.csv"),
+        ("--size 32 --class-map nowhere.csv", "nowhere.csv"),
+        ("--size 32 --batch 0", "batch must be"),
     ],
     "audit plain_cnn synthetic": [
         ("--size 0", "size must be a whole number of at least 1, got 0"),

@@ -239,7 +239,7 @@ def test_one_class_and_other_classes(tmp_path):
         (tmp_path / part / kind).mkdir(parents=True)
         for i in range(4):
             save_image(torch.full((3, 16, 16), 0.1 * i), tmp_path / part / kind / f"{i}.png")
-    with pytest.raises(ValueError, match="two classes or more"):
+    with pytest.raises(ValueError, match="there is one class, a: .* two classes or more. --data wants .*perhaps it is the one above"):
         run("--debug", "--data", tmp_path / "one", *SHORT, "--out", tmp_path / "out")
     with pytest.raises(ValueError, match="the classes of the parts differ"):
         run("--debug", "--data", tmp_path / "two", *SHORT, "--out", tmp_path / "out")

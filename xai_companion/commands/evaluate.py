@@ -19,6 +19,10 @@ from ..core import pick_device, rank_and_world
 def for_classes(model, data, outputs):
     "The model, asked about the classes of the data; if the two do not fit, an error that names both"
     from xai_companion.testbeds import Restricted
+    if outputs == 1 and len(data.classes) == 2:
+        raise ValueError(f"the model returns one logit x, and {data.name} has two classes: wrap the model so that it returns "
+                         "torch.cat([torch.zeros_like(x), x], 1). The softmax of the two is the sigmoid of x, which then speaks for "
+                         f"the second class, {data.classes[1]}")
     named = list(getattr(model, "classes", None) or ())
     if named == list(data.classes):
         return model

@@ -78,6 +78,9 @@ def _sets(name, root, size, count, test) -> dict:
     sets = {part: _checked(load_dataset(name, split, root=root, size=size, **(drawn if part == "train" else {})))
             for part, split in parts.items()}
     classes = sets["train"].classes
+    if len(classes) < 2:
+        raise ValueError(f"there is one class, {', '.join(classes)}: a classifier needs images of two classes or more. --data wants a "
+                         "folder with a folder of images per class: perhaps it is the one above")
     for part, source in sets.items():
         if source.classes != classes:
             raise ValueError(f"the classes of the parts differ: {part} has {', '.join(source.classes[:5])}, "
