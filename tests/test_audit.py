@@ -197,7 +197,7 @@ def test_bad_input(tmp_path, data, options, words):
     model = options.pop("model", None) or Scripted(NAMES)
     explainer = options.pop("explainer", None) or Corner(model)
     with pytest.raises((ValueError, RuntimeError), match=re.escape(words)):
-        audit(model, data(), explainer, out=tmp_path / "audit.html", **options)
+        audit(model, data(), explainer, out=tmp_path / "new" / "audit.html", **options)
     assert not list(tmp_path.iterdir())
 
 
@@ -205,6 +205,9 @@ def test_a_report_that_cannot_be_written_is_an_error_before_the_first_image(tmp_
     data, model = Cards(CARDS), Scripted(NAMES)
     with pytest.raises(ValueError, match="is a folder"):
         audit(model, data, Corner(model), out=tmp_path)
+    (tmp_path / "note.txt").touch()
+    with pytest.raises(NotADirectoryError, match="note.txt is a file, so there can be no folder .*note.txt/new: name another one"):
+        audit(model, data, Corner(model), out=tmp_path / "note.txt" / "new" / "audit.html")
     assert data.read == 0
 
 
@@ -231,11 +234,11 @@ def place(tmp_path, monkeypatch):
 def test_command_with_a_factory(place, capsys):
     torch.save({"scale": torch.tensor([-5.0])}, place / "wrong.pt")
     options = ("--size", 16, "--method", "occlusion")
-    assert audited("my_red_model:make", "pictures", *options, "--masks", "masks", "--table", "rows.csv", "--out", "new/a.html") == 0
+    assert audited("my_red_model:make", "pictures", *options, "--masks", "masks", "--table", "rows/rows.csv", "--out", "new/a.html") == 0
     said = capsys.readouterr().out
     assert "All 8 predictions are right" in said and "new/a.html" in said and "even map" in said
     check_self_contained((place / "new" / "a.html").read_text(encoding="utf-8"))
-    assert len((place / "rows.csv").read_text().splitlines()) == 9
+    assert len((place / "rows" / "rows.csv").read_text().splitlines()) == 9
     (place / "excel.csv").write_text((place / "boxes.csv").read_text(), encoding="utf-8-sig")
     assert all(map(torch.equal, read_boxes("excel.csv").values(), read_boxes("boxes.csv").values()))
     assert audited("my_red_model:make", "pictures", *options, "--weights", "wrong.pt", "--boxes", "boxes.csv") == 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULTS', 'PROFILES', 'FLOAT32', 'Settings', 'find_settings', 'settings', 'by_profile', 'pick_device', 'span',
            'has_bfloat16', 'autocasting', 'rank_and_world', 'check_positive', 'check_between', 'check_counts',
-           'check_seed', 'did_you_mean', 'seeded', 'replacing', 'is_watched', 'progress']
+           'check_seed', 'did_you_mean', 'seeded', 'replacing', 'check_writable', 'is_watched', 'progress']
 
 # %% ../nbs/00_core.ipynb #57a03c36
 import configparser
@@ -15,6 +15,7 @@ import numbers
 import os
 import random
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -207,6 +208,21 @@ def replacing(file: Path  # to be written, or replaced; its folder is made
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         part.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #7d3e5e02
+def check_writable(folder: Path | str,            # to be made and written to later
+                   remedy: str = "name another one",  # what the error advises
+                   ) -> Path:
+    "The folder, not made; an error if nothing can be written there"
+    folder = Path(folder)
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{place} is a file, so there can be no folder {folder}: {remedy}")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".xai-companion-", dir=place):
+            return folder
+    except OSError as error:
+        raise PermissionError(f"nothing can be written to {place} ({error.strerror}): {remedy}") from None
 
 # %% ../nbs/00_core.ipynb #9b126041
 def is_watched() -> bool:

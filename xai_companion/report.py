@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../nbs/59_report.ipynb #7d3e5c37
-from .core import replacing
+from .core import check_writable, replacing
 from .viz import as_picture
 
 # %% ../nbs/59_report.ipynb #fc1fba09
@@ -233,11 +233,11 @@ def page(title: str,   # heading, and name of the window
 
 def check_place(path: Path | str,  # the file to write later
                 ) -> Path:
-    "The path of a report, its folder made; a folder is an error"
+    "The path of a report; a folder is an error, and so is a place that nothing can be written to"
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file, for example {path / 'report.html'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path.parent)
     return path
 
 def write_page(path: Path | str,  # the HTML file; its folder is made
