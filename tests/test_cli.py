@@ -51,6 +51,7 @@ def single():
     return nn.Sequential(nn.Conv2d(3, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 number = 3
+ready = make()
 """
 
 
@@ -160,6 +161,9 @@ MISTAKES = {
         ("--method gradcam,", "several names stand with one comma between each two, such as gradcam,sise; got 'gradcam,'"),
         ("--layer conv_head,,bn2", "several names stand with one comma between each two"),
         ("--method rise --option n_mask=9", "its options are cells, chunk, dtype, fill, layers, n_masks, p, score, seed"),
+        ("--method gradcam,rise --option n_mask=9", "none of gradcam, rise has an option 'n_mask': did you mean 'n_masks'"),
+        ("--method gradcam,rise --option zoom=9", "none of gradcam, rise has an option 'zoom': they have cells, chunk,"),
+        ("--method gradcam,rise:n_mask=9", "rise cannot be made with n_mask=9"),
         ("--method sise --option mu=abc", "sise cannot be made with mu='abc'"),
         ("--method sise --option mu=", "an option is NAME=VALUE"),
         ("--out notes.txt/maps", "notes.txt is a file, so there can be no folder notes.txt/maps"),
@@ -172,6 +176,8 @@ MISTAKES = {
         ("--model mine:number", "mine:number failed (TypeError: 'int' object is not callable)"),
         ("--model broken:make", "'broken:make' names no function (SyntaxError: "),
         ("--model :make", "':make' names no function"),
+        ("--model mine.py:make", "'mine.py:make' names a file, and a module is written without .py, with dots for folders: mine:make"),
+        ("--model ./own/nets.py:make", "with dots for folders: own.nets:make"),
     ],
     "evaluate --model plain_cnn": [
         ("--n 0", "n must be a whole number of at least 1, got 0"),
@@ -252,13 +258,41 @@ def test_debug_shows_where_it_went_wrong(place, monkeypatch):
         main(["explain", "cat.png", "--model", "mine:wrong", "--debug"])
 
 
-def test_explain_takes_a_model_of_ones_own_and_spaces(place, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["mine:make", "mine:ready"])
+def test_explain_takes_a_model_of_ones_own_and_spaces(place, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(place)
-    assert main(["explain", "cat.png", "--model", "mine:make", "--size", "48", "--method", "gradcam, saliency", "--device", "cpu",
+    assert main(["explain", "cat.png", "--model", name, "--size", "48", "--method", "gradcam, saliency", "--device", "cpu",
                  "--out", str(tmp_path / "out")]) == 0
     assert "cat.png: class " in capsys.readouterr().out
     with np.load(tmp_path / "out" / "maps.npz") as stored:
         assert stored["gradcam"].shape == stored["saliency"].shape == (1, 1, 48, 48)
+
+
+def test_explain_methods_with_options_of_their_own(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    methods = ["gradcam", "rise:n_masks=10", "rise:n_masks=10:fill='blur'"]
+    assert main(["explain", "cat.png", "--model", "plain_cnn", "--method", ",".join(methods), "--option", "p=0.3", "--device", "cpu",
+                 "--out", str(tmp_path / "out")]) == 0
+    assert "Grad-CAM, rise:n_masks=10, rise:n_masks=10:fill='blur': 5 files" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "out").glob("*.png")} == {
+        "cat.gradcam.png", "cat.rise-n_masks=10.png", "cat.rise-n_masks=10-fill='blur'.png"}
+    model, image = load_model("plain_cnn"), load_image("cat.png", 64)[None]
+    with np.load(tmp_path / "out" / "maps.npz") as stored:
+        assert set(methods) < set(stored.files)
+        wanted = get_explainer("rise")(model, n_masks=10, p=0.3).attribute(image)
+        assert np.allclose(stored["rise:n_masks=10"], wanted.numpy(), atol=1e-5)
+        assert not np.allclose(stored["rise:n_masks=10:fill='blur'"], wanted.numpy(), atol=1e-3)
+
+
+def test_explanations_name_their_files(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    wanted = ["pictures/dark/0.png", "pictures/light/0.png", "cat.png"]
+    assert main(["explain", *wanted, "--model", "mine:make", "--size", "24", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert [line.split(": class ")[0] for line in capsys.readouterr().out.splitlines()[:-1]] == wanted
+    with np.load(tmp_path / "out" / "maps.npz") as stored:
+        assert stored["files"].tolist() == wanted and stored["names"].tolist() == ["0", "0-2", "cat"]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert all(f'"name": "{file}"' in page for file in wanted)
 
 
 def test_options_and_names():
@@ -281,6 +315,11 @@ def test_the_size_check_leaves_no_trace():
     before = footprint(model, torch.zeros(1))
     assert check_takes(model, (64, 48)) == 20
     assert_untouched(before, footprint(model, torch.zeros(1)), "after the size check")
+
+
+def test_shared_options_go_to_the_methods_that_have_them():
+    found = parse_methods("gradcam,rise,sise:mu=0.3", load_model("plain_cnn"), shared={"mu": 0.1, "n_masks": 10, "layers": ["block3"]})
+    assert (found["rise"].n_masks, found["sise:mu=0.3"].mu) == (10, 0.3) and not hasattr(found["gradcam"], "mu")
 
 
 # ------------------------------------------------------------------ train
@@ -456,16 +495,16 @@ def test_maps_classes_and_probabilities(tmp_path, target):
     assert torch.allclose(scores, probabilities[range(4), classes], atol=1e-5)
     for name, explainer in explainers.items():
         assert torch.allclose(maps[name], explainer.attribute(images, classes), atol=1e-4)
-    files, captions = write_explanations(tmp_path / "new", [*"abcd"], images, maps, classes, scores, model.classes)
+    files, captions = write_explanations(tmp_path / "new", [*map(Path, "abcd")], images, maps, classes, scores, model.classes)
     assert [file.name for file in files] == [f"{x}.{name}.png" for name in explainers for x in "abcd"] + ["maps.npz", "index.html"]
     assert captions == [f"{model.classes[c]}, {p:.1%}" for c, p in zip(classes, scores.tolist(), strict=True)]
     with np.load(tmp_path / "new" / "maps.npz") as stored:
-        assert stored["names"].tolist() == [*"abcd"] and stored["target"].tolist() == classes.tolist()
+        assert stored["names"].tolist() == stored["files"].tolist() == [*"abcd"] and stored["target"].tolist() == classes.tolist()
         assert stored["probability"].tolist() == scores.tolist()
         assert all((stored[name] == maps[name].numpy()).all() for name in explainers)
     picture = np.asarray(Image.open(tmp_path / "new" / "c.saliency.png"))
     assert np.abs(picture - overlay(images, maps["saliency"])[2].permute(1, 2, 0).numpy() * 255).max() <= 0.51
-    assert write_explanations(tmp_path, [*"abcd"], images, maps, classes, scores, None)[1][0].startswith(f"class {classes[0]}, ")
+    assert write_explanations(tmp_path, [*map(Path, "abcd")], images, maps, classes, scores, None)[1][0].startswith(f"class {classes[0]}, ")
 
 
 def test_the_centre_of_an_image_is_explained(place):

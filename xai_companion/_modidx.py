@@ -109,6 +109,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'xai_companion/commands/explain.py')},
             'xai_companion.commands.options': { 'xai_companion.commands.options._own_model': ( 'commands.options.html#_own_model',
                                                                                                'xai_companion/commands/options.py'),
+                                                'xai_companion.commands.options._share': ( 'commands.options.html#_share',
+                                                                                           'xai_companion/commands/options.py'),
                                                 'xai_companion.commands.options.add_model': ( 'commands.options.html#add_model',
                                                                                               'xai_companion/commands/options.py'),
                                                 'xai_companion.commands.options.check_folder': ( 'commands.options.html#check_folder',

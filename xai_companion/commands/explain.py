@@ -6,6 +6,7 @@
 __all__ = ['names_of', 'attribute_all', 'write_explanations', 'read_images', 'run_explain', 'add_explain']
 
 # %% ../../nbs/67e_commands.explain.ipynb #2c0bae11
+import re
 import sys
 from itertools import count
 from pathlib import Path
@@ -15,11 +16,10 @@ import torch
 
 # %% ../../nbs/67e_commands.explain.ipynb #84ca2680
 from .options import add_model, check_folder, check_numbers, check_takes
-from .options import model_from, names_in, parse_option
+from .options import model_from, names_in, parse_methods, parse_option
 from ..core import pick_device, progress
 from ..data.photos import image_paths, load_image
-from ..explain import EXPLAINERS, get_explainer
-from ..explain.base import with_options
+from ..explain import EXPLAINERS
 from ..gallery import gallery
 from ..models import find_class
 from ..scores import check_logits, pick_target, scores_at
@@ -57,19 +57,20 @@ def attribute_all(explainers: dict,        # explainer by method name
     return {name: torch.cat(m) for name, m in maps.items()}, torch.cat(classes), torch.cat(scores)
 
 # %% ../../nbs/67e_commands.explain.ipynb #142982c3
-def write_explanations(out: Path, names, images, maps, classes, scores, class_names):
+def write_explanations(out: Path, paths: list[Path], images, maps, classes, scores, class_names):
     "Write PNG, NPZ and HTML; the files written, the gallery last"
     out.mkdir(parents=True, exist_ok=True)
-    files = []
+    files, names, sources = [], names_of(paths), list(map(str, paths))
     for method, these in maps.items():
+        own = re.sub(r'[<>:"/\\|?*\s]+', "-", method)  # that no file system minds
         for name, picture in zip(names, overlay(images, these), strict=True):
-            files.append(out / f"{name}.{method}.png")
+            files.append(out / f"{name}.{own}.png")
             as_picture(picture).save(files[-1])
     files.append(out / "maps.npz")
-    np.savez_compressed(files[-1], names=np.array(names), target=classes.numpy(), probability=scores.numpy(),
+    np.savez_compressed(files[-1], names=np.array(names), files=np.array(sources), target=classes.numpy(), probability=scores.numpy(),
                         **{method: m.numpy() for method, m in maps.items()})
     captions = [f"{class_names[c] if class_names else f'class {c}'}, {p:.1%}" for c, p in zip(classes.tolist(), scores.tolist(), strict=True)]
-    files.append(gallery(out / "index.html", images, maps, names=names, captions=captions, title="Explanations"))
+    files.append(gallery(out / "index.html", images, maps, names=sources, captions=captions, title="Explanations"))
     return files, captions
 
 # %% ../../nbs/67e_commands.explain.ipynb #a223576f
@@ -92,7 +93,6 @@ def run_explain(args) -> int:
     "xai-companion explain"
     check_numbers(args, "size", "classes")
     device, out = pick_device(args.device), check_folder(args.out)
-    methods = [get_explainer(name) for name in names_in(args.method)]
     paths = [path for path in image_paths(args.images) if not path.resolve().is_relative_to(out.resolve())]
     if not paths:
         raise ValueError(f"the only images given lie in {out}, where the explanations go: name another --out")
@@ -100,16 +100,16 @@ def run_explain(args) -> int:
     classes = getattr(model, "classes", None)
     target = None if args.target is None else find_class(args.target, classes)
     options = dict(map(parse_option, args.option)) | ({} if args.layer is None else {"layers": names_in(args.layer)})
-    explainers = {cls.name: with_options(cls, model, options) for cls in methods}
+    explainers = parse_methods(args.method, model, shared=options)
     size = getattr(model, "input_size", None) if args.size is None else args.size
     if size is None:
         raise ValueError(f"{args.model} does not say for which images it was made: give their side with --size")
     check_takes(model, (size, size))
     paths, images, unread = read_images(paths, size)
     maps, chosen, scores = attribute_all(explainers, images, target, device)
-    files, captions = write_explanations(out, names_of(paths), images, maps, chosen, scores, classes)
+    files, captions = write_explanations(out, paths, images, maps, chosen, scores, classes)
     for path, caption in zip(paths, captions, strict=True):
-        print(f"{path.name}: {caption}")
+        print(f"{path}: {caption}")
     labels = ", ".join(method_label(name) for name in maps)
     print(f"{labels}: {len(files)} files in {args.out}. Look at {files[-1]}")
     for error in unread:
@@ -122,9 +122,10 @@ def add_explain(commands):
     p = commands.add_parser("explain", help="explain images: PNG, NPZ and an HTML gallery")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders of images")
     add_model(p, "efficientnet_lite0")
-    p.add_argument("--method", default="gradcam", help=f"one or several with commas: {', '.join(sorted(EXPLAINERS))}")
+    p.add_argument("--method", default="gradcam", metavar="NAME[:OPTION=VALUE],...",
+                   help=f"one or several, with options: {', '.join(sorted(EXPLAINERS))} (default: %(default)s)")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
-                   help="an option of the methods, such as mu=0.3 or n_masks=1000; may be repeated")
+                   help="an option of all methods that have it, such as mu=0.3 or n_masks=1000; may be repeated")
     p.add_argument("--layer", help="a layer by name (default: the method's own choice)")
     p.add_argument("--target", help="the class to explain, by index or name (default: the predicted class)")
     p.add_argument("--size", type=int, help="side in pixels: the centre of each image is cut out, at 8/7 of this size (default: the model's)")

@@ -11,16 +11,15 @@ import argparse
 import ast
 import re
 import sys
-import tempfile
 from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..core import check_counts
+from ..core import check_counts, check_writable, did_you_mean
 from ..explain import MaskedExplainer, get_explainer
-from ..explain.base import with_options
+from ..explain.base import option_names, with_options
 from ..hooks import evaluating, unwrapped
 from ..models import BEST, fill_weights, load_model, read_weights
 from ..scores import check_logits
@@ -51,31 +50,47 @@ def names_in(text: str  # NAME,NAME,...; commas in brackets belong to a name
     return names
 
 # %% ../../nbs/67_commands.options.ipynb #dfd300ab
+def _share(shared: dict,   # options of all methods that have them
+           classes: dict,  # explainers by the text that names them
+           ) -> dict:      # options by that text
+    "The options of each of several methods out of shared ones; a single method gets all, and says itself what it lacks"
+    if len(classes) == 1:
+        return dict.fromkeys(classes, shared)
+    have = {part: {name for name in option_names(cls) if name != "layers" or cls.takes_layers} for part, cls in classes.items()}
+    known = set().union(*have.values())
+    if odd := [name for name in shared if name not in known]:
+        raise ValueError(f"none of {', '.join(classes)} has an option {odd[0]!r}: "
+                         f"{did_you_mean(odd[0], known) or 'they have ' + ', '.join(sorted(known))}")
+    return {part: {name: value for name, value in shared.items() if name in have[part]} for part in classes}
+
 def parse_methods(text: str,         # NAME,NAME:OPTION=VALUE,...; commas in brackets belong to a value
                   model: nn.Module,  # that they explain
                   score: str | None = None,  # of the methods that score masked images, unless they name their own; default: the method's
+                  shared: dict | None = None,  # options of all methods that have them
                   ) -> dict:         # explainer by the text that named it
     "The explainers that a list of methods names"
-    found = {}
-    for part in names_in(text):
-        name, *options = part.split(":")
-        cls = get_explainer(name)
+    classes, found = {part: get_explainer(part.split(":")[0]) for part in names_in(text)}, {}
+    given = _share(shared or {}, classes)
+    for part, cls in classes.items():
         own = {"score": score} if score and issubclass(cls, MaskedExplainer) else {}
-        found[part] = with_options(cls, model, own | dict(map(parse_option, options)))
+        found[part] = with_options(cls, model, own | given[part] | dict(map(parse_option, part.split(":")[1:])))
     return found
 
 # %% ../../nbs/67_commands.options.ipynb #e7ce1dd4
 def add_model(parser: argparse.ArgumentParser, default: str | None):
     "The arguments that say which model"
-    parser.add_argument("--model", default=default, help="a model by name, or MODULE:FUNCTION that returns one (default: %(default)s)")
+    parser.add_argument("--model", default=default, help="a model by name, or MODULE:FUNCTION that returns one, or MODULE:MODEL (default: %(default)s)")
     parser.add_argument("--weights", default="pretrained",
                         help="pretrained, none (random), a torchvision weights name, or a checkpoint file (default: %(default)s)")
     parser.add_argument("--classes", type=int, metavar="K", help="number of classes (default: the model's)")
 
 # %% ../../nbs/67_commands.options.ipynb #233a30a2
 def _own_model(name: str) -> nn.Module:
-    "What MODULE:FUNCTION returns"
+    "What MODULE:FUNCTION returns, or the network of that name"
     module, _, function = name.partition(":")
+    if module.endswith(".py") or "/" in module:
+        dotted = module.removesuffix(".py").removeprefix("./").replace("/", ".")
+        raise ValueError(f"{name!r} names a file, and a module is written without .py, with dots for folders: {dotted}:{function}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         make = getattr(import_module(module), function)
@@ -84,6 +99,8 @@ def _own_model(name: str) -> nn.Module:
                          "with the module in the working directory or installed") from error
     finally:
         sys.path.remove(str(Path.cwd()))
+    if isinstance(make, nn.Module):
+        return make
     try:
         model = make()
     except Exception as error:
@@ -130,16 +147,7 @@ def check_folder(folder: Path | str,    # to be made and written to later
                  option: str = "--out"  # which names it
                  ) -> Path:
     "The folder; an error if nothing can be written there"
-    folder = Path(folder)
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(f"{place} is a file, so there can be no folder {folder}: name another one with {option}")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".xai-companion-", dir=place):
-            return folder
-    except OSError as error:
-        raise PermissionError(f"nothing can be written to {place} ({error.strerror}): "
-                              f"name another folder with {option}") from None
+    return check_writable(folder, f"name another one with {option}")
 
 # %% ../../nbs/67_commands.options.ipynb #724a6062
 def check_takes(model: nn.Module,       # in evaluation mode
