@@ -17,6 +17,7 @@ from helpers import QUIET, command
 from torchvision.datasets import ImageFolder
 from torchvision.utils import save_image
 
+from xai_companion.compare import by_size, compared, differences, summary
 from xai_companion.data.datasets import load_dataset
 from xai_companion.data.items import ImageSet, Item, Pairs
 from xai_companion.data.synthetic import Synthetic
@@ -24,16 +25,12 @@ from xai_companion.evaluate import (
     Ledger,
     _plain,
     _structure,
-    by_size,
-    compared,
     default_score,
     describe,
-    differences,
     evaluate,
     load_units,
     model_fingerprint,
     seeded_order,
-    summary,
 )
 from xai_companion.explain import EXPLAINERS, RISE, SISE, GradCAM
 from xai_companion.explain.base import Explainer

@@ -11,7 +11,7 @@ from writers import coco_content, needs_coco, write_coco, write_elpv, write_stee
 
 from xai_companion import testbeds
 from xai_companion.cli import main
-from xai_companion.evaluate import differences
+from xai_companion.compare import differences
 from xai_companion.explain import GradCAM, HiResCAM, LayerCAM
 from xai_companion.models import load_model
 from xai_companion.testbeds import (

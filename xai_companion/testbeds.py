@@ -19,7 +19,8 @@ from torch import nn
 from .core import by_profile, settings
 from .data.datasets import load_dataset
 from .data.items import ImageSet
-from .evaluate import differences, evaluate, is_finished
+from .compare import differences
+from .evaluate import evaluate, is_finished
 from .explain import (RISE, SISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradients, ScoreCAM)
 from .metrics import CURVES, LOCALIZATION, MASKED, METRICS, Metric
 from .models import load_model, read_weights

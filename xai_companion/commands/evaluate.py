@@ -42,7 +42,7 @@ def for_classes(model, data, outputs):
 # %% ../../nbs/67b_commands.evaluate.ipynb #9d4c04fc
 def _report(frame, metrics, out):
     "Print the tables of a pass, and write them and all rows"
-    from xai_companion.evaluate import SIZES, by_size, compared, summary
+    from xai_companion.compare import SIZES, by_size, compared, summary
     tables, first = {"summary": summary(frame)}, frame.explainer.iloc[0]
     if frame.explainer.nunique() > 1:
         tables["compared"] = compared(frame, first)
