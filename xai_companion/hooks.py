@@ -67,6 +67,14 @@ def find_layers(model: nn.Module,  # any model; wrappers are transparent
     return found
 
 # %% ../nbs/05_hooks.ipynb #40dc8bec
+def _to_evaluation(model):
+    "Call `eval`; a module that has only one mode is an error that says what to do"
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        raise ValueError(f"the model cannot be put into evaluation mode ({error}): give the module that it was exported or compiled "
+                         "from") from error
+
 @contextmanager
 def evaluating(model: nn.Module):
     "Evaluation mode inside the block; each module's own mode again after it"
@@ -75,7 +83,7 @@ def evaluating(model: nn.Module):
     own = [t for module, _ in told for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
     kept = [t.detach().clone() for t in own]
     try:
-        model.eval()
+        _to_evaluation(model)
         yield model
     finally:
         for module, mode in told:
@@ -105,6 +113,9 @@ def _keep(acts, name, output, grad):
     "Store the activation of a layer; return what the network goes on with"
     if not isinstance(output, Tensor):
         raise TypeError(f"layer {name!r} returns a {type(output).__name__}, not a tensor: choose a layer inside it")
+    if output.is_quantized:
+        raise ValueError(f"layer {name!r} is quantised, and its whole numbers give no gradients and no masks: take the float model that "
+                         "it was made from, or a method that only asks the model, such as rise or occlusion")
     if name in acts:
         raise RuntimeError(f"layer {name!r} ran more than once in this block, so it has more than one activation: "
                            "choose the module around it, or a layer that runs once")
