@@ -214,3 +214,54 @@ def test_a_class_with_a_namesake_in_capitals():
     for nonsense in ("--5", "\u00b2"):
         with pytest.raises(ValueError, match="no class is called"):
             find_class(nonsense, names)
+
+
+class Joins(nn.Module):
+    "A network that joins maps in `forward`"
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.relu, self.joined = how, nn.ReLU(), nn.Identity()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.squeeze, self.head = nn.Conv2d(8, 8, 1), nn.LazyLinear(5)
+
+    def forward(self, x):
+        x = self.relu(self.stem(x))
+        if self.how in ("residual", "named"):
+            for conv in (self.a, self.b):
+                x = self.relu(x + conv(x))
+            x = self.joined(x) if self.how == "named" else x
+        elif self.how == "branches":
+            x = torch.cat([self.a(x).relu(), self.b(x).relu()], 1)
+        elif self.how == "pooled branches":
+            x = self.a(x).relu().amax((2, 3), keepdim=True) + self.b(x).relu().amax((2, 3), keepdim=True)
+        else:
+            x = self.b(self.relu(self.a(x)))
+            x = x * self.squeeze(x.mean((2, 3), keepdim=True)).sigmoid() if self.how == "gate" else x * x.sigmoid()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("how, layer", [("named", "joined"), ("gate", "b"), ("swish", "b")])
+def test_the_last_map_where_forward_joins(how, layer, recwarn):
+    assert last_conv(Joins(how), 64) == layer and not [w for w in recwarn if "beside" in str(w.message)]
+
+
+@pytest.mark.parametrize("network", [Joins("residual"), Joins("branches"), torch.fx.symbolic_trace(load_model("resnet18", weights=None).network)])
+def test_a_layer_that_is_only_a_part_is_refused(network):
+    with pytest.raises(ValueError, match=r"beside or behind it.*layers=\.\.\..*nn.Identity\(\)"):
+        conv_blocks(network, 64)
+
+
+class Ensemble(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.members = nn.ModuleList(load_model("resnet18", weights=None).network for _ in range(2))
+
+    def forward(self, x):
+        return 1000 * self.members[0](x) + self.members[1](x)
+
+
+@pytest.mark.parametrize("network, size", [(Joins("pooled branches"), 64), (Ensemble(), 64), (load_model("resnet50", weights=None), 32)])
+def test_a_layer_that_is_only_a_part_is_named_in_a_warning(network, size):
+    with pytest.warns(UserWarning, match=r"beside or behind it.*layers=\.\.\."):
+        conv_blocks(network, size)

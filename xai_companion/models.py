@@ -9,6 +9,7 @@ __all__ = ['EMBEDDED', 'BEST', 'channels_error', 'Normalized', 'model_names', 'i
 # %% ../nbs/06_models.ipynb #24465a2b
 import io
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -369,6 +370,29 @@ def _probe(model, input_size):
     reference = next(model.parameters(), torch.zeros(()))
     return torch.zeros(1, *input_size, dtype=reference.dtype, device=reference.device)
 
+# %% ../nbs/06_models.ipynb #7d3e5d02
+def _check_whole(calls, layer):
+    "Raise if a map of convolutions reaches what the network returns without passing `layer`; warn if no map joins them"
+    beside, ended, joined = set(), False, False
+    for call in calls:
+        large = min(_sides(call.output), default=0) > 1
+        if call.name == layer:
+            beside.discard(id(call.output))
+            ended = True
+        elif call.name is None and (("conv" in call.kind and large) or any(id(t) in beside for t in call.inputs)):
+            beside.add(id(call.output))
+            joined |= ended and large
+    if id(calls[-1].output) not in beside:
+        return
+    problem = (f"layer {layer!r} is the last feature map with a name, and the class score also depends on convolutions beside or "
+               "behind it, which a map of this layer leaves out: ")
+    if joined:
+        raise ValueError(problem + "name what is to be explained with layers=...; where forward joins maps, such as x + y, "
+                         "self.joined = nn.Identity() and self.joined(x + y) give the sum a name")
+    warnings.warn(problem + "name a layer before them with layers=..., or explain each branch of the model, or give larger images",
+                  stacklevel=3)
+
+
 # %% ../nbs/06_models.ipynb #7de0a0ac
 def conv_blocks(model: nn.Module,  # a CNN; wrappers are transparent
                 input_size: int | tuple = 224,  # side of the images in pixels, or (channels, height, width)
@@ -388,6 +412,7 @@ def conv_blocks(model: nn.Module,  # a CNN; wrappers are transparent
     if names[-1] is None:
         raise ValueError(f"the last feature map of {type(unwrapped(model)).__name__} comes from {last.name!r}, which runs several "
                          "times: name a layer that runs once")
+    _check_whole(calls, names[-1])
     return list(dict.fromkeys(name for name in names if name))
 
 def last_conv(model: nn.Module,  # a CNN; wrappers are transparent
