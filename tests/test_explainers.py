@@ -6,7 +6,10 @@ import pytest
 import timm
 import torch
 from skimage.filters import threshold_otsu
+from torch.ao import quantization
+from torchvision import transforms
 from torchvision.ops import Permute
+from torchvision.transforms import v2
 
 from xai_companion.data.photos import photos
 from xai_companion.data.synthetic import creatures
@@ -340,7 +343,7 @@ class Adding(torch.nn.Module):
 
     def forward(self, x):
         if self.how == "mean":
-            maps = self.conv((x - self.mean) / 0.2)
+            maps = self.conv(x) - self.mean[:1]
         elif self.how == "functional":
             maps = torch.nn.functional.conv2d(x, self.conv.weight, self.offset)
         else:
@@ -352,6 +355,85 @@ class Adding(torch.nn.Module):
 def test_fullgrad_refuses_a_bias_that_it_would_leave_out(how, name):
     with pytest.raises(ValueError, match=f"'{name}' is added or subtracted by a function"):
         explain(Adding(how).eval(), trap_images(1), "fullgrad", 1)
+
+
+class Before(torch.nn.Module):
+    "A network that does something to the image before its first layer"
+
+    def __init__(self, steps, network=None):
+        super().__init__()
+        self.steps, self.network = steps, network or trap_network()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1))
+
+    def forward(self, x):
+        return self.network(self.steps(self, x))
+
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
+STEPS = {
+    "numbers": lambda self, x: x * 2 - 1, "reversed": lambda self, x: 1 - x, "buffers": lambda self, x: (x - self.mean) / 0.2,
+    "tensors": lambda self, x: (x - torch.tensor(MEAN).view(3, 1, 1)) / 0.2, "v1": lambda self, x: transforms.Normalize(MEAN, STD)(x),
+    "v2": lambda self, x: v2.Normalize(MEAN, STD)(x), "channels": lambda self, x: x[:, [2, 1, 0]] * 255 - 100,
+    "resized": lambda self, x: torch.nn.functional.interpolate(x, size=40, mode="bilinear") - 0.5,
+    "padded": lambda self, x: torch.nn.functional.pad(x - 0.5, (2, 2, 2, 2)),
+    "inside": lambda self, x: Normalized(torch.nn.Identity(), MEAN, STD)(x),
+}
+
+
+@pytest.mark.parametrize("how", STEPS)
+def test_fullgrad_finds_what_is_added_before_the_first_layer(how):
+    model = Before(STEPS[how]).eval()
+    total, logit = EXPLAINERS["fullgrad"](model).completeness(trap_images(3), 1)
+    plain, _ = EXPLAINERS["fullgrad"](model.network).completeness(trap_images(3), 1)
+    torch.testing.assert_close(total, logit, rtol=1e-4, atol=1e-5)
+    assert (plain - logit).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("how", ["v1", "v2"])
+def test_fullgrad_of_a_torchvision_normalisation_is_that_of_ours(how):
+    normalize, network = {"v1": transforms.Normalize, "v2": v2.Normalize}[how](MEAN, STD), trap_network().eval()
+    torch.testing.assert_close(explain(torch.nn.Sequential(normalize, network), trap_images(2), "fullgrad", 1),
+                               explain(Normalized(network, MEAN, STD), trap_images(2), "fullgrad", 1), rtol=1e-4, atol=1e-4)
+
+
+class Several(torch.nn.Module):
+    "The image enters at several places"
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b = how, torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(3, 4, 3)
+        self.wide, self.head = torch.nn.Linear(3 * 32 * 32, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = x * 2 - 1
+        flat = y.flatten(1)
+        if self.how == "twice":
+            maps = self.a(y).relu() + self.b(y).relu()
+        elif self.how == "members":
+            maps = self.a(y).relu() + self.b(x * 3 - 2).relu()
+        elif self.how == "pooled":
+            maps = self.a(y).relu().mean((2, 3), keepdim=True) + self.b(torch.nn.functional.max_pool2d(y, 2)).relu().mean((2, 3), keepdim=True)
+        elif self.how == "wide":
+            maps = self.a(y).relu().mean((2, 3), keepdim=True) + self.wide(flat)[:, :, None, None]
+        elif self.how == "shortcut":
+            maps = torch.cat([self.a(y)[:, :1].relu(), y[:, :, 1:-1, 1:-1]], 1)
+        else:
+            return self.head(self.wide(flat).relu())
+        return self.head(maps.mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", ["twice", "members", "pooled", "wide", "shortcut", "flat"])
+def test_fullgrad_counts_every_way_in_once(how):
+    explainer = EXPLAINERS["fullgrad"](Several(how).eval())
+    total, logit = explainer.completeness(trap_images(2, size=(32, 32)), 1)
+    torch.testing.assert_close(total, logit, rtol=1e-4, atol=1e-5)
+    assert explainer.attribute(trap_images(2, size=(32, 32)), 1).shape == (2, 1, 32, 32)
+
+
+@pytest.mark.parametrize("steps", [lambda self, x: x ** 2.2 - 0.5, lambda self, x: (x - x.mean((1, 2, 3), keepdim=True)) / (x.std((1, 2, 3), keepdim=True) + 1e-6)])
+def test_fullgrad_refuses_steps_that_are_more_than_a_scale_and_a_shift(steps):
+    with pytest.raises(ValueError, match="scaling and shifting"):
+        explain(Before(steps).eval(), trap_images(2), "fullgrad", 1)
 
 
 def test_sums_of_two_paths_are_no_bias():
@@ -436,6 +518,31 @@ def test_models_of_torch_jit(compiled):
         with pytest.raises(ValueError, match="compiled by torch.jit"):
             explain(model, images, name, 1)
     torch.testing.assert_close(explain(model, images, "rise", 1, n_masks=20), explain(eager, images, "rise", 1, n_masks=20))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.Sequential])
+def test_models_of_torch_export(wrap):
+    "They have one mode only; the others of the model come back"
+    model = wrap(torch.export.export(trap_network().eval(), (trap_images(1),)).module())
+    modes = [module.training for module in model.modules()]
+    for name in ("gradcam", "sise", "fullgrad", "rise"):
+        with pytest.raises(ValueError, match="give the module that it was exported"):
+            explain(model, trap_images(1), name, 1)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_models():
+    "Methods that need a layer's numbers say what to do; those that only ask the model work"
+    network = torch.nn.Sequential(quantization.QuantStub(), torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+                                  torch.nn.Flatten(), torch.nn.Linear(4, 3), quantization.DeQuantStub()).eval()
+    network.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
+    quantization.prepare(network, inplace=True)(trap_images(2))
+    quantization.convert(network, inplace=True)
+    for name in ("gradcam", "sise", "scorecam", "integrated_gradcam"):
+        with pytest.raises(ValueError, match="layer '2' is quantised.*rise or occlusion"):
+            explain(network, trap_images(2), name, 1)
+    assert explain(network, trap_images(2), "rise", 1, n_masks=20).std() > 0
 
 
 def test_channels_last():
