@@ -392,7 +392,6 @@ def _check_whole(calls, layer):
     warnings.warn(problem + "name a layer before them with layers=..., or explain each branch of the model, or give larger images",
                   stacklevel=3)
 
-
 # %% ../nbs/06_models.ipynb #7de0a0ac
 def conv_blocks(model: nn.Module,  # a CNN; wrappers are transparent
                 input_size: int | tuple = 224,  # side of the images in pixels, or (channels, height, width)

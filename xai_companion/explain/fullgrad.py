@@ -102,7 +102,6 @@ def first_levels(calls: list[Call],  # of a forward pass, from `hooks.watch`
     levels = {name: black for key, (name, black) in found.items() if not (image[key] - {key}) & found.keys()}
     return levels if reached else None
 
-
 # %% ../../nbs/18_explain.fullgrad.ipynb #7d3e5c42
 ADDING = ("add", "iadd", "radd", "sub", "isub", "rsub")
 WITH_BIAS = ("conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "batch_norm")  # their bias comes third or later
