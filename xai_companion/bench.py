@@ -261,7 +261,7 @@ class Sizes(NamedTuple):
     side: int = 224               # of a photograph, pixels
     rounds: int = 3               # of most measurements
     cam_rounds: int = 5           # of the gradient methods, which are quick
-    masks: int = 256              # timed on a photograph
+    masks: int = 160              # timed on a photograph
     vgg_masks: int = 40           # the same for VGG-16; 0 leaves it out
     steps: tuple = (2, 8)         # of Extremal Perturbation, from which 800 are extrapolated
     extremal_steps: int = 10      # of Extremal Perturbation, over bare passes
