@@ -265,7 +265,7 @@ def test_images_of_another_kind(make, kind):
     "The habits of PyTorch get a sentence that says what is taken"
     images, labels = torch.zeros(12, 3, 16, 16).byte(), torch.arange(12) % 3
     for train, val in ((make(images, labels), None), ((images, labels), make(images, labels))):
-        with pytest.raises(TypeError, match=f"not a {kind}: stack .* ImageSet"):
+        with pytest.raises(TypeError, match=f"not a {kind}: data.items.Pairs.* ImageSet"):
             fit(Config(size=16), train, val)
 
 

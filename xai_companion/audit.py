@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import findings as find
 from .audit_page import Found, Shown, audit_page
 from .core import check_counts, pick_device, progress
-from .data.items import ImageSet, check_set
+from .data.items import ImageSet, check_image_set
 from .evaluate import Units, describe, explain_units, load_units, model_fingerprint, seeded_order
 from .explain import Explainer, get_explainer
 from .hooks import evaluating
@@ -127,7 +127,7 @@ class Audit(Found):
 # %% ../nbs/60_audit.ipynb #3c4b2384
 def make_setting(model, data, explainer, n, seed, size, class_map, device) -> tuple[Setting, list[str], str]:
     "The setting of an audit, the names of the model's classes, and how they were matched; all of it checked"
-    check_set(data)
+    check_image_set(data)
     if data.multi_label:
         raise ValueError(f"{data.name} has several classes per image: an audit is about one class per image")
     if len(data.classes) < 2:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 # %% ../nbs/50_evaluate.ipynb #7137e120
 from . import __version__
 from .core import check_counts, pick_device, progress, rank_and_world
-from .data.items import ImageSet, check_set, resized
+from .data.items import ImageSet, check_image_set, resized
 from .explain import Explainer
 from .hooks import evaluating, find_layers, plain_module
 from .ledger import Ledger, writing
@@ -255,7 +255,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
              **options,             # further options of the metrics that ask the model: fill, chunk, dtype, steps, top, ties
              ) -> pd.DataFrame:     # a row per explainer, image and class; a column per metric
     "Explain the images with every explainer, and score the maps"
-    check_set(data)
+    check_image_set(data)
     model = _only_model(explainers, metrics)
     _check_options(metrics, options)
     dtype, device = next(model.parameters(), torch.empty(0)).dtype, str(pick_device(device))

@@ -232,8 +232,7 @@ def _check_kind(data, what):
     if not isinstance(data, ImageSet) and not pair:
         parts = f" of {' and '.join(type(part).__name__ for part in data)}" if isinstance(data, (tuple, list)) and len(data) == 2 else ""
         raise TypeError(f"the {what} images must be an ImageSet or two tensors, uint8 images (N, C, S, S) and labels (N,), not a "
-                        f"{type(data).__name__}{parts}: stack those of a Dataset into two tensors, or make an ImageSet of it, "
-                        "as the notebook data.items shows")
+                        f"{type(data).__name__}{parts}: data.items.Pairs(dataset, classes) makes an ImageSet of pairs (image, label)")
 
 def make_run(config: Config, train, val, model, classes, device, workers=None) -> Run:
     "A run, checked; data, model and classes as `fit` takes them"
