@@ -533,6 +533,8 @@ def test_imagefolder(tmp_path):
     assert load_dataset("imagefolder", root=tmp_path / "both").split == "val"
     assert load_dataset("imagefolder", "val", tmp_path).split == "all"
     assert load_dataset("imagefolder", "train", tmp_path / "both").files[0] == "train/cat/1.jpg"
+    assert [found["split"] for found in check_dataset("imagefolder", root=tmp_path / "both")] == ["val", "train"]
+    assert [found["split"] for found in check_dataset("imagefolder", "train", tmp_path / "both")] == ["train"]
     assert check_dataset("imagefolder", root=tmp_path / "both")[0]["images"] == 2
 
 
@@ -559,7 +561,7 @@ def test_imagefolder_damage(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "8 of 9 images are wrong:" in said and said.count("cannot be read as an image") == 8 and "xai-companion data" not in said
     shutil.copytree(tmp_path / "b", tmp_path / "parts" / "train" / "b")
-    with pytest.raises(DataError, match="parts --split train` names all such files"):
+    with pytest.raises(DataError, match="parts` names all such files"):
         load_dataset("imagefolder", "train", root=tmp_path / "parts")[0]
     with pytest.raises(FileNotFoundError, match="train"):
         load_dataset("imagefolder", "train", root=tmp_path)

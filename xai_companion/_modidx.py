@@ -597,6 +597,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'xai_companion.data.readers.imagenet_wnids': ( 'data.readers.html#imagenet_wnids',
                                                                                            'xai_companion/data/readers.py'),
                                             'xai_companion.data.readers.need': ('data.readers.html#need', 'xai_companion/data/readers.py'),
+                                            'xai_companion.data.readers.parts_of': ( 'data.readers.html#parts_of',
+                                                                                     'xai_companion/data/readers.py'),
                                             'xai_companion.data.readers.read_table': ( 'data.readers.html#read_table',
                                                                                        'xai_companion/data/readers.py'),
                                             'xai_companion.data.readers.reading': ( 'data.readers.html#reading',

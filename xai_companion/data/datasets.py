@@ -22,7 +22,7 @@ import torch
 from ..core import did_you_mean, is_watched, progress, settings
 from . import arrays, inspection, readers, scenes
 from .items import ImageSet, Item, boxes_fit
-from .readers import DataError, Reader, need, reading
+from .readers import DataError, Reader, need, parts_of, reading
 
 # %% ../../nbs/20d_data.datasets.ipynb #4ab43337
 @dataclass(frozen=True)
@@ -222,7 +222,8 @@ def check_dataset(name: str,                       # one of `DATASETS`
                   **options                        # of the reader
                   ) -> list[dict]:                 # what was found, by split
     "Read a data set from the first image to the last; raise a `DataError` that lists what is wrong"
-    splits = [split] if split or name in ("synthetic", "imagefolder") else splits_here(name, root)
+    own = parts_of(Path(root)) if name == "imagefolder" and root else []
+    splits = [split] if split else own if name in ("synthetic", "imagefolder") else splits_here(name, root)
     return [check_set(load_dataset(name, s, root, **options), counts, fast) for s in splits or [None]]
 
 # %% ../../nbs/20d_data.datasets.ipynb #dbdcd5dc
