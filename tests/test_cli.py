@@ -174,7 +174,7 @@ MISTAKES = {
         ("--model mine:wrong", "mine:wrong failed (KeyError: 'layers'): it is called without arguments"),
         ("--model mine:needs", "mine:needs failed (TypeError: needs() missing 1 required"),
         ("--model mine:number", "mine:number failed (TypeError: 'int' object is not callable)"),
-        ("--model broken:make", "'broken:make' names no function (SyntaxError: "),
+        ("--model broken:make", "'broken:make' names no function or model (SyntaxError: "),
         ("--model :make", "':make' names no function"),
         ("--model mine.py:make", "'mine.py:make' names a file, and a module is written without .py, with dots for folders: mine:make"),
         ("--model ./own/nets.py:make", "with dots for folders: own.nets:make"),

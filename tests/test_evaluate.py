@@ -491,6 +491,15 @@ def test_pairs_of_images_and_labels(network, tmp_path):
     torch.testing.assert_close(found[0].image, dict(zip((data.classes[k] for _, k in pixels), pixels, strict=True))[found.classes[0]][0] / 255)
     with pytest.raises(ValueError, match="give classes"):
         Pairs(pixels)
+    from PIL import Image
+    palette = Image.new("RGB", (4, 4), (200, 100, 50)).quantize(8)
+    assert torch.allclose(Pairs([(palette, 0)], ["a"])[0].image[:, 0, 0] * 255, torch.tensor([200.0, 100, 50]), atol=2)
+    for pair, words in (((torch.rand(4, 8, 8), 0), "1 or 3 channels"), ((torch.rand(3, 8, 8), "cat"), "one class, a whole number; got 'cat'"),
+                        ((torch.rand(3, 8, 8), torch.eye(3)[1]), "one class, a whole number")):
+        with pytest.raises(ValueError, match=words):
+            Pairs([pair], ["a"])[0]
+    with pytest.raises(TypeError, match="TensorDataset"):
+        Pairs((torch.rand(2, 3, 8, 8), torch.zeros(2)), ["a"])
     with pytest.raises(TypeError, match="of a DataLoader give its dataset"):
         Pairs(torch.utils.data.DataLoader(pixels), data.classes)
     assert Item("a", torch.rand(3, 4, 4), torch.tensor(2), torch.tensor([[0, 0, 1, 1]])).box_labels == (2,)
@@ -585,6 +594,16 @@ def test_the_command_under_torchrun(tmp_path):
     assert done.returncode == 0 and done.stdout.count("16 rows in") == 1, done.stdout + done.stderr[-2000:]
     written = [len(file.read_text().splitlines()) for file in (tmp_path / "batches").glob("*.jsonl")]
     assert written == [2, 2]
+
+
+def test_no_table_of_another_run_stays(tmp_path, capsys):
+    "Two methods, then one; then two on a single image, of which nothing can be compared"
+    words = ("evaluate", "--model", "plain_cnn", "--device", "cpu", "--metrics", "ebpg", "--out", tmp_path)
+    for methods, n, wanted in (("gradcam,layercam", 6, {"summary", "compared", "by_size"}), ("gradcam", 2, {"summary"}),
+                               ("gradcam,layercam", 1, {"summary"})):
+        assert command(*words, "--methods", methods, "--n", n) == 0
+        assert {file.stem for file in tmp_path.glob("*.csv")} == wanted | {"rows"}
+        assert "Empty" not in capsys.readouterr().out
 
 
 def test_what_the_command_passes_on(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from xai_companion.data.photos import photos
 from xai_companion.data.synthetic import creatures
-from xai_companion.explain import EXPLAINERS, SISE, AdaSISE, GradCAM, Occlusion, explain, extremal
+from xai_companion.explain import EXPLAINERS, SISE, AdaSISE, FullGrad, GradCAM, Occlusion, explain, extremal
 from xai_companion.explain.adapters import as_quantus
 from xai_companion.explain.base import activations_and_gradients, get_explainer
 from xai_companion.explain.cam import fuse_max
@@ -682,6 +682,42 @@ def test_methods_as_papers_write_them(name, method):
     assert get_explainer(name) is EXPLAINERS[method]
 
 
+def test_an_exact_name_goes_first():
+    class One(GradCAM, name="my_cam"):
+        pass
+
+    class Other(GradCAM, name="mycam"):
+        pass
+    try:
+        assert get_explainer("my_cam") is One and get_explainer("mycam") is Other
+    finally:
+        del EXPLAINERS["my_cam"], EXPLAINERS["mycam"]
+
+
+@pytest.mark.parametrize("kind", ["unused", "detached", "pooled", "two"])
+def test_fullgrad_is_complete_with_two_first_layers(kind):
+    model, images = TwoWays(kind).eval(), torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(*FullGrad(model).completeness(images, 1))
+    with pytest.raises(ValueError, match="cannot split what 'd' gets"):
+        explain(TwoWays("shifted").eval(), images, "fullgrad", 1)
+
+
+class TwoWays(torch.nn.Module):
+    "Two convolutions that get the image, each with a normalisation of its own or of both"
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.c, self.d = kind, *(torch.nn.Conv2d(3, 4, 3, padding=1) for _ in range(2))
+        self.head = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3))
+
+    def forward(self, x):
+        z = (x - 0.4) / 0.2
+        second = {"unused": lambda: 0 * self.d((x - 0.2) * 2).detach(), "detached": lambda: self.d((x.detach() - 0.2) * 2).detach() * 0,
+                  "pooled": lambda: torch.nn.functional.interpolate(self.d(torch.nn.functional.avg_pool2d(z, 2)), scale_factor=2),
+                  "two": lambda: self.d((x - 0.1) * 3), "shifted": lambda: self.d(z + 0.3)}[self.kind]()
+        return self.head(self.c(z) + second)
+
+
 def test_an_unknown_option_names_those_that_there_are():
     model = load_model("plain_cnn")
     with pytest.raises(ValueError, match="gradcam cannot be made with layer='block1'.*its options are layers, relu"):
@@ -696,6 +732,7 @@ def test_random_methods_have_a_seed(name, options):
     first, again, other = (explain(model, image, name, 1, seed=seed, **options) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(first, explain(model, image, name, 1, **options))
+    assert torch.equal(other, explain(model, image, name, 1, seed=np.int64(1), **options))
     for wrong in (None, 1.5, -1, True):
         with pytest.raises(ValueError, match="seed must be a whole number"):
             explain(model, image, name, 1, seed=wrong, **options)

@@ -180,6 +180,10 @@ def test_methods_keep_their_colours():
     stored = Image.open(io.BytesIO(data)).convert("RGB")
     found = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in stored.getcolors(10**6)}
     assert set(viz.PALETTE) <= found and len(found) <= 48
+    fig, ax = viz.subplots()
+    ax.bar([0, 1], [1, 2], color=viz.BLUE)
+    colours = sorted(Image.open(io.BytesIO(fig.small()[1])).convert("RGB").getcolors(10**6), reverse=True)
+    assert [colour for _, colour in colours[:2]] == [(255, 255, 255), (0x1a, 0x85, 0xff)]
 
 
 def test_notebooks_get_the_small_picture(monkeypatch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PHOTOS', 'NETWORKS', 'LAYERS', 'SMOKE', 'ON_GPU', 'TABLES', 'network', 'ours', 'peers', 'bench_cams', 'paper_seconds',
            'dtype_name', 'maskers', 'bench_masks', 'bench_others', 'score_cam_peers', 'bench_scorecam', 'bench_small',
-           'bench_selection', 'bench_extremal', 'Sizes', 'measurements', 'bench_steps', 'store_measured', 'bench']
+           'bench_selection', 'bench_extremal', 'Amounts', 'measurements', 'bench_steps', 'store_measured', 'bench']
 
 # %% ../nbs/66_bench.ipynb #d5e9e03c
 import json
@@ -107,8 +107,8 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 
 def maskers(model: nn.Module, name: str, masks: int, **options) -> dict:
     "The methods that mask, each limited to about `masks` masks"
-    per_layer = masks // 5
-    return {"RISE": limited(RISE, masks)(model, n_masks=4000 if "vgg" in name else 8000, **options), "Score-CAM": limited(ScoreCAM, masks)(model, **options),
+    per_layer, of_rise = masks // 5, 4000 if "vgg" in name else 8000
+    return {"RISE": limited(RISE, masks)(model, n_masks=of_rise, **options), "Score-CAM": limited(ScoreCAM, masks)(model, **options),
             "SISE": limited(SISE, per_layer)(model, **options), "Ada-SISE": limited(AdaSISE, per_layer)(model, **options)}
 
 def bench_masks(name: str,          # for `network`
@@ -255,7 +255,7 @@ def bench_extremal(repeats: int = 3, device: str = "cpu", steps: int = 10, size:
                 "forward and backward passes", device=device, model=NETWORKS[0], steps=steps, size=size)]
 
 # %% ../nbs/66_bench.ipynb #3d0b460d
-class Sizes(NamedTuple):
+class Amounts(NamedTuple):
     "How much is measured; the defaults are for a CPU"
     names: tuple = NETWORKS       # the networks
     side: int = 224               # of a photograph, pixels
@@ -271,13 +271,14 @@ class Sizes(NamedTuple):
     train_steps: int = 1          # in a round
     files: tuple = (2, 1)         # images from files: steps in a round, processes that read
 
-SMOKE = Sizes(NETWORKS[1:2], 32, 1, 1, 10, 0, (1, 2), 2, (4, 16, 10), (2, 32), 1)
-ON_GPU = Sizes(masks=2560, vgg_masks=2560, steps=(20, 100), batch=(128, 64), loader_rounds=9, train_steps=20, files=(200, 8))
+SMOKE = Amounts(names=NETWORKS[1:2], side=32, rounds=1, cam_rounds=1, masks=10, vgg_masks=0, steps=(1, 2), extremal_steps=2,
+                small=(4, 16, 10), batch=(2, 32), loader_rounds=1)
+ON_GPU = Amounts(masks=2560, vgg_masks=2560, steps=(20, 100), batch=(128, 64), loader_rounds=9, train_steps=20, files=(200, 8))
 
 def measurements(device: str = "cpu") -> dict:  # by name: the tables, and a function that gives the records of each
     "What the bench measures, in order"
     on_cpu = device == "cpu"
-    sizes = by_profile(smoke=SMOKE, quick=Sizes() if on_cpu else ON_GPU)
+    sizes = by_profile(smoke=SMOKE, quick=Amounts() if on_cpu else ON_GPU)
     kinds = [{}] if on_cpu else [{}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "compiled": True}]
     few, side, found = sizes.rounds, sizes.side, {}
 

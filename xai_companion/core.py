@@ -161,9 +161,9 @@ def check_counts(**counts):
 # %% ../nbs/00_core.ipynb #7d3e5c54
 def check_seed(seed) -> int:
     "The seed, if it is a whole number of at least 0"
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
-    return seed
+    return int(seed)
 
 def did_you_mean(name: str,  # that does not exist
                  known,      # those that do

@@ -139,7 +139,7 @@ def _check_options(metrics, options):
     "Raise at an option that no metric has"
     for name in options:
         if name not in _SHARED and not set(_OWN.get(name, ())) & set(metrics):
-            of = f"it belongs to {' and '.join(_OWN[name])}" if name in _OWN else f"there are {', '.join((*_SHARED, *_OWN))}"
+            of = f"it belongs to {' and '.join(_OWN[name])}" if name in _OWN else f"there are {', '.join((*_SHARED, *(k for k, of in _OWN.items() if set(of) & set(metrics))))}"
             raise ValueError(f"none of these metrics has an option {name!r}: {of}")
 
 def measure(metrics,        # names in `METRICS`
@@ -188,7 +188,7 @@ def _check_finite(maps, explainer, units):
 def explain_units(explainer: Explainer,
                   units: Units,
                   metrics,    # names in `METRICS`
-                  **options,  # of the metrics that ask the model: score, dtype, chunk
+                  **options,  # of the metrics that ask the model, see `measure`
                   ) -> list[dict]:
     "A row per unit: its facts, seconds for the map, and a value per metric (None where a mask is missing)"
     start = _clock(units.images.device)
@@ -225,7 +225,7 @@ def _work(explainers, data, metrics, n=None, seed=0, size=None, batch=8, device=
     order, model = seeded_order(len(data), n, seed), _only_model(explainers, metrics)
     key = f"{model_fingerprint(model)} {_structure(model)}"
     batches = [range(start, min(start + batch, len(order))) for start in range(0, len(order), batch)]
-    settings = {"seed": seed, "size": size, "batch": batch, "device": torch.device(device).type,
+    settings = {"seed": seed, "size": size, "batch": batch, "device": pick_device(device).type,
                 "score": score or default_score(data), **options}
     return order, batches, {label: _config(e, key, data, metrics, settings) for label, e in explainers.items()}
 

@@ -24,13 +24,14 @@ from .scores import check_logits, check_score, check_target, scores_at
 def _spread(fill, images):
     "A number, a value per channel or a tensor at the size of the images"
     try:
-        value = torch.as_tensor(fill).to(images)
+        given = torch.as_tensor(fill)
+        value = given.to(images)
         spread = (value.view(-1, 1, 1) if value.dim() == 1 else value).expand_as(images)
     except (RuntimeError, TypeError, ValueError) as error:
         what = f"tensor {tuple(fill.shape)}" if isinstance(fill, Tensor) else repr(fill)
         raise ValueError(f"unknown fill {what}: use 'black', 'mean', 'blur', a number, a value per channel, or a tensor that "
                          f"broadcasts against {tuple(images.shape)}") from error
-    low, high = span(value)
+    low, high = span(given)
     if not (low >= -1e-4 and high <= 1 + 1e-4):
         raise ValueError(f"a fill lies in [0, 1], as images do; this one spans [{low:.3g}, {high:.3g}]: divide bytes by 255")
     return spread

@@ -49,10 +49,13 @@ def _report(frame, metrics, out):
     if frame.drop_duplicates(["position", "label"]).area.count() >= len(SIZES):
         sized = by_size(frame)
         tables["by_size"] = pd.concat({third: summary(sized[sized.third == third]) for third in SIZES}, names=["object"])
+    tables = {name: table for name, table in tables.items() if not table.empty}
+    for name in {"compared", "by_size"} - tables.keys():  # of another run
+        (out / f"{name}.csv").unlink(missing_ok=True)
+    titles = {"compared": f"\nMinus {first}, on the same images:\n", "by_size": "\nBy the size of the object, in thirds:\n"}
     frame.to_csv(out / "rows.csv", index=False)
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv")
-    titles = {"compared": f"\nMinus {first}, on the same images:\n", "by_size": "\nBy the size of the object, in thirds:\n"}
     print(*(f"{titles.get(name, '')}{table}" for name, table in tables.items()), sep="\n")
     print(f"\n{len(frame)} rows in {out / 'rows.csv'}, the tables in {', '.join(f'{name}.csv' for name in tables)}")
     for metric in [m for m in metrics if frame[m].isna().all()]:
@@ -110,8 +113,8 @@ def add_evaluate(commands):
     p.add_argument("--size", type=int, help="squash the images to this side in pixels (default: as they are)")
     p.add_argument("--batch", type=int, default=8, help="images at a time (default: %(default)s)")
     p.add_argument("--budget", type=float, metavar="SECONDS", help="seconds per method; a method that needs more stops after a batch")
-    p.add_argument("--score", choices=("softmax", "sigmoid", "logit"), help="what a class score is, for metrics and methods (default: softmax, for "
-                   "sets with several classes per image sigmoid, and for a variant of Score-CAM its own)")
+    p.add_argument("--score", choices=("softmax", "sigmoid", "logit"), help="what a class score is, for metrics and methods (default: softmax, and "
+                   "for a variant of Score-CAM its own; for sets with several classes per image sigmoid, for all)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     p.add_argument("--out", default="evaluation", help="folder to write to (default: %(default)s)")
     p.add_argument("--fresh", action="store_true", help="forget the batches in that folder")

@@ -89,13 +89,16 @@ def _own_model(name: str) -> nn.Module:
     "What MODULE:FUNCTION returns, or the network of that name"
     module, _, function = name.partition(":")
     if module.endswith(".py") or "/" in module:
-        dotted = module.removesuffix(".py").removeprefix("./").replace("/", ".")
-        raise ValueError(f"{name!r} names a file, and a module is written without .py, with dots for folders: {dotted}:{function}")
+        file = Path(module)
+        far = file.is_absolute() or ".." in file.parts
+        dotted = file.stem if far else ".".join(file.with_suffix("").parts)
+        raise ValueError(f"{name!r} names a file, and a module is written without .py, with dots for folders{', from its folder' * far}: "
+                         f"{dotted}:{function}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         make = getattr(import_module(module), function)
     except Exception as error:  # the module is somebody's own program
-        raise ValueError(f"{name!r} names no function ({type(error).__name__}: {error}): write MODULE:FUNCTION, "
+        raise ValueError(f"{name!r} names no function or model ({type(error).__name__}: {error}): write MODULE:FUNCTION or MODULE:MODEL, "
                          "with the module in the working directory or installed") from error
     finally:
         sys.path.remove(str(Path.cwd()))
@@ -118,13 +121,15 @@ def check_weights(weights: str | None  # what `--weights` says
         raise IsADirectoryError(f"the weights {weights} are a folder: give the file in it, such as "
                                 f"{Path(weights) / 'model.pt'}")
 
-def model_from(name: str,              # a name in `model_names()`, or MODULE:FUNCTION
+def model_from(name: str,              # a name in `model_names()`, MODULE:FUNCTION or MODULE:MODEL
                weights: str = "pretrained",  # see `load_model`; for a function: "pretrained" takes the model as it is
                classes: int | None = None,   # K; default: the model's
                device="cpu",
                ) -> nn.Module:
     "The model that a command names, in evaluation mode on its device"
     check_weights(weights)
+    if name.endswith(".py"):
+        raise ValueError(f"{name!r} names a file: write MODULE:FUNCTION, such as {Path(name).stem}:make")
     if ":" not in name:
         return load_model(name, weights=weights, num_classes=classes, device=str(device))
     if classes is not None:

@@ -9,6 +9,7 @@ __all__ = ['box_mask', 'Item', 'boxes_fit', 'resized', 'ImageSet', 'Pairs', 'che
 from dataclasses import dataclass, field, replace
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
@@ -147,6 +148,8 @@ class Pairs(ImageSet):
         self.name, self.split, self.fingerprint = name, split, fingerprint
         if not (hasattr(pairs, "__getitem__") and hasattr(pairs, "__len__")):
             raise TypeError(f"a {type(pairs).__name__} has no items by index: of a DataLoader give its dataset, of an iterable a list")
+        if isinstance(pairs, tuple) and len(pairs) == 2 and isinstance(pairs[0], Tensor):
+            raise TypeError("two tensors are no pairs: give torch.utils.data.TensorDataset(images, labels)")
         if not self.classes:
             raise ValueError("the names of the classes are not known: give classes=[...]")
 
@@ -155,7 +158,12 @@ class Pairs(ImageSet):
 
     def __getitem__(self, index):
         image, label = self.pairs[index]
+        image = image.convert("RGB") if isinstance(image, Image) else image
         image = TF.convert_image_dtype(image if isinstance(image, Tensor) else TF.to_tensor(image), torch.float32)
+        if image.dim() != 3 or image.shape[0] not in (1, 3):
+            raise ValueError(f"{self.name} {index}: an image has 1 or 3 channels, (C, H, W); got {tuple(image.shape)}")
+        if isinstance(label, str) or torch.as_tensor(label).numel() != 1:
+            raise ValueError(f"{self.name} {index}: the label must be one class, a whole number; got {label!r:.60}")
         return Item(str(index), image.expand(3, -1, -1), label)
 
 def check_image_set(data):

@@ -220,18 +220,18 @@ class MaskedExplainer(Explainer):
                              chunk=self.chunk, dtype=self.dtype, title=self.name or "", **options)
 
 # %% ../../nbs/10_explain.base.ipynb #50a185d2
-def _plain(name) -> str:
+def _bare(name) -> str:
     "A method's name without what papers and packages write differently"
     return "".join(letter for letter in str(name).lower().replace("+", "p") if letter.isalnum())
 
 def get_explainer(name: str  # a name in `EXPLAINERS`; capitals, spaces and hyphens do not matter
                   ) -> type:
     "The explainer class registered as `name`"
-    found = {_plain(known): cls for known, cls in EXPLAINERS.items()}
-    if _plain(name) not in found:
-        hint = did_you_mean(_plain(name), EXPLAINERS)
+    found, bare = {_bare(known): cls for known, cls in EXPLAINERS.items()} | EXPLAINERS, _bare(name)
+    if name not in EXPLAINERS and bare not in found:
+        hint = did_you_mean(bare, EXPLAINERS)
         raise ValueError(f"unknown method {name!r}: {hint or 'there are ' + ', '.join(sorted(EXPLAINERS))}")
-    return found[_plain(name)]
+    return found[name if name in EXPLAINERS else bare]
 
 def explain(model: nn.Module,        # takes images in [0, 1], returns logits (N, K)
             images: Tensor,          # (N, C, H, W) in [0, 1]

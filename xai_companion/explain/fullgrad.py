@@ -87,20 +87,36 @@ def first_levels(calls: list[Call],  # of a forward pass, from `hooks.watch`
                  images: Tensor,     # what the pass was about: a black image, one half as bright, and the image
                  ) -> dict[str, Tensor] | None:
     "What enters the first layers of a black image, by their names, where it is not 0; None if no layer gets the image"
-    image, behind, reached, found = {id(images): {id(images)}}, set(), False, {}  # image: each tensor with those it was made from
+    made, added = {id(images): {id(images)}}, {id(images): set()}  # of which tensors one was made, and of which by adding something
+    behind, reached, found = set(), False, {}
     for call in calls:
         key, inputs = id(call.output), [id(t) for t in call.inputs]
+        parents = [i for i in inputs if i in made]
         if call.name in layers:
-            if inputs and inputs[0] in image and inputs[0] not in behind:
+            if parents and inputs[0] in made and inputs[0] not in behind:
                 reached, black = True, black_level(call.name, call.inputs[0])
-                found |= {inputs[0]: (call.name, black)} if black.any() else {}
+                if black.any():
+                    found[inputs[0]] = call.name, black
             behind.add(key)
         elif call.name is None and behind.intersection(inputs):
             behind.add(key)
-        elif call.name is None and image.keys() & inputs:
-            image[key] = {key}.union(*(image[i] for i in inputs if i in image))
-    levels = {name: black for key, (name, black) in found.items() if not (image[key] - {key}) & found.keys()}
-    return levels if reached else None
+        elif call.name is None and parents:
+            made[key] = {key}.union(*(made[i] for i in parents))
+            constant = call.kind in ADDING and len(parents) == 1
+            added[key] = set().union(*(made[i] if constant else added[i] for i in parents))
+    return _each_once(found, made, added) if reached else None
+
+def _each_once(found, made, added):
+    "The levels without those that an earlier one contains; one that adds to an earlier one is an error"
+    levels = {}
+    for key, (name, black) in found.items():
+        earlier = (made[key] - {key}) & found.keys()
+        if twice := earlier & added[key]:
+            raise ValueError(f"FullGrad cannot split what {name!r} gets: forward adds something to what {found[twice.pop()][0]!r} gets, too. "
+                             "Normalise once, with models.Normalized")
+        if not earlier:
+            levels[name] = black
+    return levels
 
 # %% ../../nbs/18_explain.fullgrad.ipynb #7d3e5c42
 ADDING = ("add", "iadd", "radd", "sub", "isub", "rsub")
@@ -177,14 +193,16 @@ def full_gradient(model: nn.Module,  # in evaluation mode
         entered = {name: stack.enter_context(entering(model, name)) for name in levels}
         stack.enter_context(torch.enable_grad())
         score = class_scores(model(leaf.clone()), target, len(images))
-        wanted = [leaf, *(z for z, *_ in entered.values()), *acts.values()]
+        inputs = {name: z for name, (z, *_) in entered.items() if z.requires_grad}
+        wanted = [leaf, *inputs.values(), *acts.values()]
         first, *grads = torch.autograd.grad(score.sum(), wanted, allow_unused=True) if score.requires_grad else [None]
     if first is None:
         raise ValueError(DETACHED)
     terms = {"input": first * images}
-    for (name, black), grad in zip(levels.items(), grads, strict=False):
-        terms[f"black before {name}"] = _placed(grad * black, images)
-    for (name, act), grad in zip(acts.items(), grads[len(levels):], strict=True):
+    for name, grad in zip(inputs, grads, strict=False):
+        if grad is not None:
+            terms[f"black before {name}"] = _placed(grad * levels[name], images)
+    for (name, act), grad in zip(acts.items(), grads[len(inputs):], strict=True):
         if grad is not None:
             terms[name] = _term(unwrapped(model).get_submodule(layers[name]), act.detach(), grad).detach()
     return terms, score.detach()

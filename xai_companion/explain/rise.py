@@ -29,10 +29,9 @@ class RISE(MaskedExplainer, name="rise"):
                  ):
         super().__init__(model, layers, **options)
         check_counts(n_masks=n_masks, cells=cells)
-        check_seed(seed)
         if not 0 < p < 1:
             raise ValueError(f"p is the probability that a cell is visible, between 0 and 1; got {p!r}")
-        self.n_masks, self.cells, self.p, self.seed = n_masks, cells, p, seed
+        self.n_masks, self.cells, self.p, self.seed = n_masks, cells, p, check_seed(seed)
 
     def draw(self, size) -> tuple[Tensor, Tensor]:
         "The random grids (n_masks, 1, cells, cells), bool, and shifts (n_masks, 2) for images of `size`"
