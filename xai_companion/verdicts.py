@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from .core import PROFILES
 from .records import mean_interval, record
 from .results import TIMES, Table, load, save
 from .viz import LOOK, subplots
@@ -158,7 +159,7 @@ def save_comparisons(paper: str,         # sise, ada_sise, integrated_gradcam, e
 # %% ../nbs/02a_verdicts.ipynb #c0d35bab
 def stored_comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
                        root: Path | None = None  # folder of the papers; default: results/
-                       ) -> list:   # of (record, profile)
+                       ) -> list:   # of (record, profile), large profiles first
     "The stored comparisons of a paper; where a setting was run in several profiles, those of the largest"
     found, largest = {}, {}
     for profile, records in load(paper, "claims", root).items():  # from small to large profiles
@@ -166,7 +167,8 @@ def stored_comparisons(paper: str,  # sise, ada_sise, integrated_gradcam, edda o
             claim, setting, metric, rival = (r["config"][k] for k in ("claim", "setting", "metric", "rival"))
             found[claim, setting, metric, rival] = r, profile
             largest[claim, setting] = profile
-    return [(r, profile) for (claim, setting, *_), (r, profile) in found.items() if largest[claim, setting] == profile]
+    kept = [(r, profile) for (claim, setting, *_), (r, profile) in found.items() if largest[claim, setting] == profile]
+    return sorted(kept, key=lambda one: -list(PROFILES).index(one[1]))
 
 def judged(r: dict  # a stored comparison
            ) -> str:
@@ -266,7 +268,7 @@ def forest(paper: str,   # sise, ada_sise, integrated_gradcam, edda or excon
         axes[0, 0].set_yticks(range(len(rivals)), rivals)
         axes[0, 0].set_ylim(len(rivals) - 0.5, -0.5)
         handles = [plt.Line2D([], [], color=c, marker=m, label=text) for text, (c, m) in zip(settings, SETTING_STYLES, strict=False)]
-        handles += [plt.Line2D([], [], color="0.35", marker="o", linestyle="", label="filled: supported; hollow: not", markersize=4),
+        handles += [plt.Line2D([], [], color="black", marker="o", linestyle="", label="filled: supported; hollow: not", markersize=4),
                     plt.Rectangle((0, 0), 1, 1, color="0.9", label="grey: what the paper claims")]
         fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return fig

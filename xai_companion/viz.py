@@ -170,14 +170,14 @@ def overlay(images: torch.Tensor,   # images (N, 1 or 3, H, W) in [0, 1]
 
 # %% ../nbs/01_viz.ipynb #35e9e2c0
 def few_colours(sharp: Image.Image) -> Image.Image:
-    "The picture in 48 colours: the 20 most frequent ones as they are, the others near"
-    counted = sorted(sharp.getcolors(sharp.width * sharp.height), reverse=True)[:20]
-    near, pixels = sharp.quantize(28, dither=Image.Dither.NONE), np.asarray(sharp)
+    "The picture in 48 colours: the 32 most frequent ones as they are, the others near"
+    counted = sorted(sharp.getcolors(sharp.width * sharp.height), reverse=True)[:32]
+    near, pixels = sharp.quantize(16, dither=Image.Dither.NONE), np.asarray(sharp)
     index = np.asarray(near) + len(counted)
     for i, (_, colour) in enumerate(counted):  # Pillow's own search misses exact colours
         index[(pixels == colour).all(-1)] = i
     picture = Image.fromarray(index)
-    picture.putpalette([*(value for _, colour in counted for value in colour), *near.getpalette()[:3 * 28]])
+    picture.putpalette([*(value for _, colour in counted for value in colour), *near.getpalette()[:3 * 16]])
     return picture
 
 class PageFigure(Figure):
