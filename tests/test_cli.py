@@ -16,7 +16,7 @@ from PIL import Image
 from writers import write_tiny
 
 from xai_companion.cli import main
-from xai_companion.commands.explain import attribute_all, names_of, read_images, write_explanations
+from xai_companion.commands.explain import attribute_all, labels_of, names_of, read_images, write_explanations
 from xai_companion.commands.options import check_takes, model_from, names_in, parse_methods, parse_option
 from xai_companion.commands.train import _config, _pair, _written
 from xai_companion.core import rank_and_world
@@ -543,3 +543,10 @@ def test_what_reproduce_and_bench_are_told(monkeypatch, capsys):
         raise KeyboardInterrupt
     monkeypatch.setattr("xai_companion.reproduce.reproduce", interrupted)
     assert main(["reproduce"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_the_gallery_calls_images(tmp_path):
+    "Names where they tell images apart, else paths below the folder that all are in; never the path to that folder"
+    assert labels_of([tmp_path / "a" / "x.png", tmp_path / "b" / "y.png"]) == ["x", "y"]
+    assert labels_of([tmp_path / "a" / "x.png", tmp_path / "b" / "x.png", tmp_path / "b" / "c" / "y.png"]) == ["a/x.png", "b/x.png", "b/c/y.png"]
+    assert labels_of([Path("x.png"), Path("x.jpg")]) == ["x.png", "x.jpg"]

@@ -99,6 +99,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'xai_companion/commands/explain.py'),
                                                 'xai_companion.commands.explain.attribute_all': ( 'commands.explain.html#attribute_all',
                                                                                                   'xai_companion/commands/explain.py'),
+                                                'xai_companion.commands.explain.labels_of': ( 'commands.explain.html#labels_of',
+                                                                                              'xai_companion/commands/explain.py'),
                                                 'xai_companion.commands.explain.names_of': ( 'commands.explain.html#names_of',
                                                                                              'xai_companion/commands/explain.py'),
                                                 'xai_companion.commands.explain.read_images': ( 'commands.explain.html#read_images',
