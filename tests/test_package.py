@@ -193,6 +193,10 @@ def test_import_is_light():
     assert min(times) < 0.1
 
 
+def test_no_command_waits_for_pandas():
+    assert python("import sys; from xai_companion.cli import parser; parser(); print('pandas' in sys.modules)") == "False"
+
+
 def test_explain_is_not_hidden():
     assert python("import xai_companion.explain as e, types; print(isinstance(e, types.ModuleType))") == "True"
 

@@ -27,6 +27,7 @@ from .core import FLOAT32, by_profile, pick_device, settings
 from .data.photos import photos
 from .explain import (RISE, SISE, AdaSISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradCAM,
                                    IntegratedGradients, LayerCAM, ScoreCAM)
+from .explain.rise import masks_of_authors
 from .masking import normalize_map
 from .models import last_conv, load_model
 from .printed import PRINTED
@@ -107,8 +108,8 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 
 def maskers(model: nn.Module, name: str, masks: int, **options) -> dict:
     "The methods that mask, each limited to about `masks` masks"
-    per_layer, of_rise = masks // 5, 4000 if "vgg" in name else 8000
-    return {"RISE": limited(RISE, masks)(model, n_masks=of_rise, **options), "Score-CAM": limited(ScoreCAM, masks)(model, **options),
+    per_layer = masks // 5
+    return {"RISE": limited(RISE, masks)(model, n_masks=masks_of_authors(name), **options), "Score-CAM": limited(ScoreCAM, masks)(model, **options),
             "SISE": limited(SISE, per_layer)(model, **options), "Ada-SISE": limited(AdaSISE, per_layer)(model, **options)}
 
 def bench_masks(name: str,          # for `network`

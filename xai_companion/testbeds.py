@@ -22,6 +22,7 @@ from .data.items import ImageSet
 from .compare import differences
 from .evaluate import evaluate, is_finished
 from .explain import (RISE, SISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradients, ScoreCAM)
+from .explain.rise import masks_of_authors
 from .metrics import CURVES, LOCALIZATION, MASKED, METRICS, Metric
 from .models import load_model, read_weights
 from .results import save_row
@@ -123,7 +124,7 @@ def _checkpoint(name, file, remedy=""):
 def _published(network, title, name, split, score, areas=Testbed.areas, **options):
     "A testbed of the papers"
     return Testbed(f"{network}, {title}", _checkpoint(network, f"{name}_{network}.pt"), lambda: load_dataset(name, split, **options),
-                   size=None if name == "severstal" else 224, score=score, masks=4000 if network == "vgg16" else 8000, areas=areas)
+                   size=None if name == "severstal" else 224, score=score, masks=masks_of_authors(network), areas=areas)
 
 TRAIN_ELPV = "xai-companion train --data elpv --model resnet18 --size 224 --epochs 60"
 

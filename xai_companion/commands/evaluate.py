@@ -11,8 +11,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import pandas as pd
-
 from ..core import pick_device, rank_and_world
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #76f73229
@@ -42,6 +40,8 @@ def for_classes(model, data, outputs):
 # %% ../../nbs/67b_commands.evaluate.ipynb #9d4c04fc
 def _report(frame, metrics, out):
     "Print the tables of a pass, and write them and all rows"
+    import pandas as pd
+
     from xai_companion.compare import SIZES, by_size, compared, summary
     tables, first = {"summary": summary(frame)}, frame.explainer.iloc[0]
     if frame.explainer.nunique() > 1:
