@@ -765,6 +765,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'xai_companion/experiments.py'),
                                            'xai_companion.experiments._score_file': ( 'experiments.html#_score_file',
                                                                                       'xai_companion/experiments.py'),
+                                           'xai_companion.experiments._temperature': ( 'experiments.html#_temperature',
+                                                                                       'xai_companion/experiments.py'),
                                            'xai_companion.experiments._train_and_measure': ( 'experiments.html#_train_and_measure',
                                                                                              'xai_companion/experiments.py'),
                                            'xai_companion.experiments.calibration_scores': ( 'experiments.html#calibration_scores',

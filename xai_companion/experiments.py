@@ -124,24 +124,30 @@ def explanation_scores(model: nn.Module,
 # %% ../nbs/52_experiments.ipynb #c43d6914
 def _calibration(logits, labels, temperature):
     "Accuracy and calibration, before and after the temperature"
-    before, after = logits.softmax(1), (logits / temperature).softmax(1)
-    return {"accuracy": 100 * (logits.argmax(1) == labels).float().mean().item(),
-            "ece": 100 * expected_calibration_error(before, labels).item(),
-            "ece10": 100 * expected_calibration_error(before, labels, bins=10).item(),
-            "ece_scaled": 100 * expected_calibration_error(after, labels).item(),
-            "nll": nn.functional.cross_entropy(logits, labels).item()}  # of the logits: a probability may be 0 in float32
+    found = {"accuracy": 100 * (logits.argmax(1) == labels).float().mean().item(),
+             "nll": nn.functional.cross_entropy(logits, labels).item()}  # of the logits: a probability may be 0 in float32
+    for name, bins in (("ece", 15), ("ece10", 10)):
+        for scaled, by in (("", 1), ("_scaled", temperature)):
+            found[name + scaled] = 100 * expected_calibration_error((logits / by).softmax(1), labels, bins).item()
+    return found
+
+def _temperature(model, lab):
+    "Fitted on the validation images"
+    return temperature_scaling(logits_of(model, lab.val[0].float() / 255), lab.val[1])
 
 def calibration_scores(model: nn.Module,
                        lab: Lab,
                        shifted: dict | None = None,  # by severity: images uint8 (M', 3, S, S) and labels (M',)
                        ) -> dict:
-    "Accuracy and calibration on the test images, and under shift by severity"
-    temperature = temperature_scaling(logits_of(model, lab.val[0].float() / 255), lab.val[1])
-    found = _calibration(logits_of(model, lab.images), lab.labels, temperature)
+    "Accuracy and calibration on the test images, and under shift by severity and on average"
+    temperature, under = _temperature(model, lab), {}
+    clean = _calibration(logits_of(model, lab.images), lab.labels, temperature)
     for severity, (images, labels) in (shifted or {}).items():
-        scores = _calibration(torch.cat([logits_of(model, part.float() / 255) for part in images.split(2500)]), labels, temperature)
-        found |= {f"{name}_shift{severity}": value for name, value in scores.items()}
-    return found
+        logits = torch.cat([logits_of(model, part.float() / 255) for part in images.split(2500)])
+        under[f"_shift{severity}"] = _calibration(logits, labels, temperature)
+    if under:
+        under["_shift"] = {name: sum(scores[name] for scores in under.values()) / len(under) for name in clean}
+    return clean | {name + where: value for where, scores in under.items() for name, value in scores.items()}
 
 # %% ../nbs/52_experiments.ipynb #6d951c62
 def robustness_scores(model: nn.Module,
@@ -154,7 +160,8 @@ def robustness_scores(model: nn.Module,
         logits = attacked_logits(model, images, labels, attack, eps / 255)
         found[name] = 100 * (logits.argmax(1) == labels).float().mean().item()
         if name == "fgsm4":
-            found["ece_fgsm4"] = 100 * expected_calibration_error(logits.softmax(1), labels).item()
+            scores = _calibration(logits, labels, _temperature(model, lab))
+            found |= {f"{score}_fgsm4": value for score, value in scores.items() if score.startswith("ece")}
     return found
 
 # %% ../nbs/52_experiments.ipynb #cb0e315b
@@ -186,15 +193,16 @@ def neighbour_scores(model: nn.Module,
 
 # %% ../nbs/52_experiments.ipynb #bc36ded0
 SCORES = {
-    "accuracy": Metric("Accuracy", "high", "model"), "ece": Metric("ECE, 15 bins", "low", "model"),
-    "ece10": Metric("ECE, 10 bins", "low", "model"), "ece_scaled": Metric("ECE, scaled", "low", "model"),
-    "nll": Metric("NLL", "low", "model", ""), "purity": Metric("Purity", "high", "model"),
-    "agreement": Metric("Map correlation", "high", "model", ""), "ece_fgsm4": Metric("ECE, FGSM 4/255", "low", "model"),
+    "accuracy": Metric("Accuracy", "high", "model"), "nll": Metric("NLL", "low", "model", ""),
+    "ece": Metric("ECE, 15 bins", "low", "model"), "ece_scaled": Metric("ECE, 15 bins, scaled", "low", "model"),
+    "ece10": Metric("ECE, 10 bins", "low", "model"), "ece10_scaled": Metric("ECE, 10 bins, scaled", "low", "model"),
+    "purity": Metric("Purity", "high", "model"), "agreement": Metric("Map correlation", "high", "model", ""),
     "pgd4": Metric("PGD-20 4/255", "high", "model"), **{f"fgsm{e}": Metric(f"FGSM {e}/255", "high", "model") for e in (1, 2, 4, 8)},
     **{name: METRICS[name] for name in ("ebpg", "miou", "bbox", *MASKED, *CURVES)},
 }
-SCORES |= {f"{name}_shift{s}": replace(SCORES[name], label=f"{SCORES[name].label}, severity {s}")
-           for name in ("accuracy", "ece", "ece10", "ece_scaled", "nll") for s in range(1, 6)}
+_WHERE = {"_shift": "mean over severities", **{f"_shift{s}": f"severity {s}" for s in range(1, 6)}, "_fgsm4": "FGSM 4/255"}
+SCORES |= {name + under: replace(SCORES[name], label=f"{SCORES[name].label}, {where}")
+           for name in ("accuracy", "nll", "ece", "ece_scaled", "ece10", "ece10_scaled") for under, where in _WHERE.items()}
 
 # %% ../nbs/52_experiments.ipynb #2ba8a901
 def trained(config: Config,
