@@ -572,8 +572,16 @@ def test_a_folder_of_images(tmp_path, capsys):
         assert chosen[row["label"]] == image.label and row["probability"] == pytest.approx(said[row["label"]].item(), abs=0.02)  # the files have bytes
     assert len(rows) >= len(chosen) > 2 and rows["drop"].notna().all() and "imagefolder" in capsys.readouterr().out
     (tmp_path / "photos" / data.classes[chosen[0]]).rename(tmp_path / "photos" / "dragon")
-    assert evaluated("--data", tmp_path / "photos", "--out", tmp_path / "out") == 2
-    assert "the folders dragon are not named" in capsys.readouterr().err
+    words = ("--data", tmp_path / "photos", "--metrics", "drop,ebpg", "--out", tmp_path / "out")
+    assert evaluated(*words) == 2 and "'dragon' is not one of them. Rename the folders" in capsys.readouterr().err
+    [first, *others] = sorted((tmp_path / "photos").rglob("*.png"))
+    (tmp_path / "map.json").write_text(json.dumps({"dragon": chosen[0]} | {data.classes[k]: k for k in chosen[1:]}))
+    (tmp_path / "boxes.csv").write_text(f"{first.relative_to(tmp_path / 'photos').as_posix()},4,4,20,30\n")
+    assert evaluated(*words, "--class-map", tmp_path / "map.json", "--boxes", tmp_path / "boxes.csv") == 0
+    assert "classes matched by a class map" in capsys.readouterr().out
+    found = pd.read_csv(tmp_path / "out" / "rows.csv")
+    assert sorted(found["drop"]) == pytest.approx(sorted(rows["drop"]), abs=1e-4)  # the same images and classes
+    assert set(found[found.ebpg.notna()].name) == {first.relative_to(tmp_path / "photos").as_posix()} and others
 
 
 def test_classes_are_counted_at_the_size_that_is_evaluated(tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HALF_AN_HOUR', 'TRAIN_ELPV', 'TESTBEDS', 'OF_PROFILE', 'OTHERS', 'SECONDS', 'PAPER_METRICS', 'Testbed', 'Restricted',
-           'testbeds', 'methods', 'Evaluated', 'run_testbeds', 'testbed_steps']
+           'testbeds', 'methods', 'Measured', 'Evaluated', 'run_testbeds', 'testbed_steps']
 
 # %% ../nbs/51_testbeds.ipynb #486b86fc
 import os
@@ -194,8 +194,8 @@ SECONDS = Metric("time", "low", "nothing", "s")
 PAPER_METRICS = ("ebpg", "miou", "bbox", "drop", "increase")  # those of the papers' tables
 
 @dataclass
-class Evaluated:
-    "The rows of `evaluate` on one testbed, and how to store them"
+class Measured:
+    "The rows of `evaluate` on one testbed"
     name: str            # of the testbed
     bed: Testbed
     frame: pd.DataFrame  # from `evaluate`
@@ -218,6 +218,20 @@ class Evaluated:
         wide = batches.pivot_table(index="batch", columns="explainer", values="seconds", sort=False)
         return wide.iloc[1:] if len(wide) > 2 else wide
 
+    def values(self,
+               explainer: str,       # its name in the frame
+               metric: str,          # a name in `METRICS`, or "seconds"
+               frame: pd.DataFrame,  # these rows
+               ) -> pd.Series:
+        "What tables show the mean of: a number per image, of the time one per batch"
+        if metric == "seconds":
+            return self.times()[explainer].dropna()
+        rows = frame[frame.explainer == explainer]
+        return (rows.groupby("position")[metric].mean() * METRICS[metric].scale).dropna()
+
+# %% ../nbs/51_testbeds.ipynb #7d3e6c02
+class Evaluated(Measured):
+    "The rows of `evaluate` on one testbed, and how to store them"
     def store(self,
               paper: str,            # sise, ada_sise or integrated_gradcam
               table: str,            # the table is called <table>_<testbed>
@@ -227,19 +241,17 @@ class Evaluated:
               published: dict | None = None,  # by (explainer, metric): the paper's value and its source
               **config):             # further entries of the config
         "Store a row per explainer and metric, with the value of every image"
-        frame, times = self.frame if frame is None else frame, self.times()
+        frame = self.frame if frame is None else frame
         for name in explainers:
-            rows = frame[frame.explainer == name]
-            per_image = rows.groupby("position").mean(numeric_only=True)
             version = self.versions.get(name, 1)
             about = {"testbed": self.bed.title, **config} | ({"version": version} if version > 1 else {})
             for metric in metrics or (*self.metrics, "seconds"):
-                timed = metric == "seconds"
+                timed, values = metric == "seconds", self.values(name, metric, frame)
                 shown = SECONDS if timed else METRICS[metric]
-                values = (times[name] if timed else per_image[metric] * shown.scale).dropna()
                 if len(values) < 2:
                     continue
-                spent = rows.seconds.sum() if timed and name not in self.timed else None  # told once, whatever the number of tables
+                first = timed and name not in self.timed  # what it took is told once, whatever the number of tables
+                spent = frame[frame.explainer == name].seconds.sum() if first else None
                 save_row(paper, f"{table}_{self.name}", {"row": name, "metric": shown.label, **about}, values, shown.unit,
                          paper=(published or {}).get((name, metric)), seconds=spent, **self.origin)
                 if timed:

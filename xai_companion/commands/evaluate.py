@@ -9,33 +9,22 @@ __all__ = ['for_classes', 'run_evaluate', 'add_evaluate']
 import os
 import shutil
 import sys
-from pathlib import Path
 
 from ..core import pick_device, rank_and_world
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #76f73229
-def for_classes(model, data, outputs):
-    "The model, asked about the classes of the data; if the two do not fit, an error that names both"
+def for_classes(model, data, outputs, class_map=None):
+    "The model, asked about the classes of the data, and how the two were matched"
+    from xai_companion.own_data import match_classes
     from xai_companion.testbeds import Restricted
     if outputs == 1 and len(data.classes) == 2:
         raise ValueError(f"the model returns one logit x, and {data.name} has two classes: wrap the model so that it returns "
                          "torch.cat([torch.zeros_like(x), x], 1). The softmax of the two is the sigmoid of x, which then speaks for "
                          f"the second class, {data.classes[1]}")
-    named = list(getattr(model, "classes", None) or ())
-    if named == list(data.classes):
-        return model
-    if named and data.name == "imagefolder":
-        odd = [name for name in data.classes if named.count(name) != 1]
-        if odd:
-            raise ValueError(f"the folders {', '.join(odd[:3])} are not named after one class of the model each ({', '.join(named[:3])}, ...): "
-                             "rename them, or choose a model that was trained on them, with --model and --weights")
-        return Restricted(model, [named.index(name) for name in data.classes], data.classes)
-    if outputs == 1000 and hasattr(data, "imagenet_indices"):
-        return Restricted(model, data.imagenet_indices, data.classes)
-    if outputs != len(data.classes) or (named and data.name == "synthetic"):
-        raise ValueError(f"the model has {outputs} classes{f' ({named[0]}, ...)' if named else ''}, {data.name} has {len(data.classes)} "
-                         f"({data.classes[0]}, ...): choose a model that was trained on these classes, with --model and --weights")
-    return model
+    if class_map is None and outputs == 1000 and hasattr(data, "imagenet_indices"):
+        return Restricted(model, data.imagenet_indices, data.classes), "by WordNet number"
+    places, how = match_classes(data.classes, outputs, getattr(model, "classes", None), class_map)
+    return model if places == list(range(outputs)) else Restricted(model, places, data.classes), how
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #9d4c04fc
 def _report(frame, metrics, out):
@@ -61,12 +50,13 @@ def _report(frame, metrics, out):
     for metric in [m for m in metrics if frame[m].isna().all()]:
         print(f"{metric} is empty: no image of this set says where its object is")
 
+# %% ../../nbs/67b_commands.evaluate.ipynb #7d3e6c06
 def run_evaluate(args) -> int:
     "xai-companion evaluate"
-    from xai_companion.commands.options import check_folder, check_numbers, check_takes, names_in
+    from xai_companion.commands.options import check_folder, check_numbers, check_takes, images_from, names_in
     from xai_companion.commands.options import model_from, parse_methods
-    from xai_companion.data.datasets import load_dataset
     from xai_companion.evaluate import default_score, evaluate
+    from xai_companion.own_data import read_class_map
     check_numbers(args, "n", "size", "batch", "classes")
     if args.budget is not None and not args.budget > 0:
         raise ValueError(f"budget must be above 0 seconds, got {args.budget:g}")
@@ -74,11 +64,10 @@ def run_evaluate(args) -> int:
     if args.fresh and "WORLD_SIZE" in os.environ:
         raise ValueError("--fresh deletes what other processes may be writing: delete the folder before torchrun starts them")
     rank, _ = rank_and_world(device)
-    name, root = ("imagefolder", args.data) if Path(args.data).is_dir() else (args.data, args.root)
-    data = load_dataset(name, args.split, root=root)
+    class_map, data = None if args.class_map is None else read_class_map(args.class_map), images_from(args)
     model = model_from(args.model, args.weights, args.classes, device)
     outputs = check_takes(model, tuple(data[0].image.shape[1:]) if args.size is None else (args.size, args.size))
-    model = for_classes(model, data, outputs)
+    model, how = for_classes(model, data, outputs, class_map)
     score = args.score or default_score(data)
     explainers = parse_methods(args.methods, model, None if args.score is None and score == "softmax" else score)
     if args.fresh:
@@ -90,20 +79,21 @@ def run_evaluate(args) -> int:
         print(f"stopped: the finished batches are in {out / 'batches'}, and the same command goes on from there", file=sys.stderr)
         return 130
     if rank == 0:
-        print(f"{data}; class scores: {score}")
+        print(f"{data}; classes matched {how}; class scores: {score}")
         _report(frame, metrics, out)
     return 0
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #c2032424
 def add_evaluate(commands):
     "The arguments of `evaluate`"
-    from xai_companion.commands.options import add_model
+    from xai_companion.commands.options import add_model, add_places
     p = commands.add_parser("evaluate", help="compare explainers on a model and a data set: metrics with intervals")
     add_model(p, "efficientnet_lite0")
     p.add_argument("--data", default="synthetic", help="a data set by name, see `xai-companion data list`, or a folder with "
                    "a folder of images per class (default: %(default)s)")
     p.add_argument("--split", help="part of the data set (default: the one that is for evaluation)")
     p.add_argument("--root", help="folder of the data set, or of all data sets (default: the one in settings.ini)")
+    add_places(p)
     p.add_argument("--methods", default="gradcam,sise", metavar="NAME[:OPTION=VALUE],...", help="methods, see `xai-companion explain --help`, with options; the others are compared with the first "
                    "(default: %(default)s)")
     p.add_argument("--metrics", default="ebpg,miou,bbox,drop,increase",
