@@ -155,14 +155,14 @@ def images_from(args,               # what the parser found
     "The images that a command names"
     from xai_companion.data.datasets import DATASETS, load_dataset
     from xai_companion.own_data import Located
+    named = [name for name in DATASETS if name != "imagefolder"]  # which needs a folder
     if Path(args.data).is_dir():
         name, root = "imagefolder", args.data
-    elif args.data in DATASETS and args.data != "imagefolder":
+    elif args.data in named:
         name, root = args.data, args.root
     else:
-        near = did_you_mean(args.data, DATASETS)
         raise FileNotFoundError(f"{args.data} is neither a folder with a folder of images per class, nor a data set: "
-                                + (near or f"those are {', '.join(n for n in DATASETS if n != 'imagefolder')}"))
+                                + (did_you_mean(args.data, named) or f"those are {', '.join(named)}"))
     if args.boxes or args.masks:
         return Located(load_dataset(name, args.split, root=root), args.boxes, args.masks, size, crop)
     return load_dataset(name, args.split, root=root, size=size, **({"crop": True} if crop else {}))
