@@ -1,6 +1,7 @@
 """Batches: the same bytes by either way and with any number of workers, and what cannot be read is named."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,16 +163,30 @@ def test_sets_that_make_no_sense():
     for wrong in ((images / 255, labels), (images[0], labels), (images[:0], labels[:0])):
         with pytest.raises(ValueError, match="images must be bytes"):
             Resident(*wrong)
-    for wrong in (labels[:3], labels.float(), labels[:, None]):
+    for wrong in (labels[:3], labels.float(), labels[:, None, None]):
         with pytest.raises(ValueError, match="whole numbers as labels"):
             Resident(images, wrong)
     for wrong in (dict(size=0), dict(size=8.0), dict(size=8, workers=-1), dict(size=8, workers=None)):
         with pytest.raises(ValueError, match="whole number of at least"):
             Streamed(Cards(None), **wrong)
-    several = Cards(None)
-    several.multi_label = True
-    with pytest.raises(ValueError, match="one class per image"):
-        Streamed(several, 8)
+
+
+def test_several_classes_per_image():
+    "Rows of 0 and 1, in memory and as a stream, for a set that keeps a list of its classes or does not"
+    class Pairs(Cards):
+        multi_label, classes = True, ["red", "green", "blue"]
+
+        def __getitem__(self, index):
+            return replace(super().__getitem__(index), labels=(index % 3, 2) if index % 3 < 2 else (2,))
+    several = Pairs(Item("5.png", torch.full((3, 8, 8), 0.5), 0))
+    expected = torch.tensor([[int(k in (i % 3, 2)) for k in range(3)] for i in range(8)])
+    stream = Streamed(several, 8)
+    images, labels = read_items(several, range(8), 8)
+    assert torch.equal(labels, expected) and torch.equal(stream.labels, expected)
+    whole = Resident(images, labels)
+    assert whole.fingerprint == stream.fingerprint
+    for some in (whole, stream):
+        assert [part[1].tolist() for part in some.batches(torch.arange(8).split(4))] == [part.tolist() for part in expected.split(4)]
 
 
 def test_bytes_are_checked():

@@ -46,21 +46,28 @@ def as_bytes(image: Tensor,  # float, should lie in [0, 1]
                          "(uint8)")
     return (image.clamp(0, 1) * 255).round().byte()
 
-def read_items(source: ImageSet,   # a set with one class per image
+def _label(item, source):
+    "The class of an item; in a set with several per image, for each of the K whether it is there: 0 or 1"
+    if not source.multi_label:
+        return item.label
+    return torch.zeros(len(source.classes)).long().index_fill(0, torch.tensor(item.labels).long(), 1)
+
+def read_items(source: ImageSet,
                index: list[int],   # which images
                size: int,          # side of the result in pixels
-               ) -> tuple[Tensor, Tensor]:  # images uint8 (n, 3, size, size) and labels (n,)
+               ) -> tuple[Tensor, Tensor]:  # images uint8 (n, 3, size, size); labels (n,), or (n, K) of several classes per image
     "Some images of a set as bytes, and their labels"
     if hasattr(source, "batch") and source.size == size:  # drawn sets give many at a time
         drawn = source.batch(index)
         return as_bytes(drawn.image, f"a batch of {source.name}"), drawn.label
-    images, labels, names = torch.empty(len(index), 3, size, size), torch.empty(len(index)).long(), []
+    images, names = torch.empty(len(index), 3, size, size), []
+    labels = torch.empty(len(index), *[len(source.classes)] * source.multi_label).long()
     for place, i in enumerate(index):
         item = source[i]
         if item.image.ndim != 3 or len(item.image) != 3:
             raise ValueError(f"{item.name}: an image must be (3, H, W), got {tuple(item.image.shape)}")
         item = item if item.image.shape[1:] == (size, size) else resized(item, size)
-        images[place], labels[place] = item.image, item.label
+        images[place], labels[place] = item.image, _label(item, source)
         names.append(item.name)
     try:
         return as_bytes(images, "a batch"), labels  # all at once: many small steps on several cores wait for each other
@@ -91,14 +98,14 @@ class Resident:
     "A set that lies on the device: a batch is one indexing operation"
     def __init__(self,
                  images: Tensor,  # uint8 (N, C, S, S), on the device
-                 labels: Tensor,  # whole numbers (N,)
+                 labels: Tensor,  # whole numbers (N,); of several classes per image 0 and 1 (N, K)
                  ):
         if images.ndim != 4 or not len(images) or images.dtype != torch.uint8:
             raise ValueError(f"images must be bytes (N, C, S, S) with N of at least 1, got {images.dtype} "
                              f"{tuple(images.shape)}: `as_bytes` makes them from numbers in [0, 1]")
-        if labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise ValueError(f"{len(images)} images need as many whole numbers as labels, got {labels.dtype} "
-                             f"{tuple(labels.shape)}")
+        if labels.ndim not in (1, 2) or len(labels) != len(images) or labels.is_floating_point():
+            raise ValueError(f"{len(images)} images need as many whole numbers as labels, or rows of 0 and 1 for several classes "
+                             f"per image, got {labels.dtype} {tuple(labels.shape)}")
         self.images, self.labels, self.device = images, labels.long().to(images.device), images.device
 
     def __len__(self):
@@ -111,7 +118,7 @@ class Resident:
 
     def batches(self,
                 order: Iterable[Tensor],  # the indices (n,) of each batch
-                ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # images uint8 (n, C, S, S), labels (n,), indices (n,)
+                ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # images uint8 (n, C, S, S), labels (n,) or (n, K), indices (n,)
         "The batches, one after the other"
         for index in order:
             index = _checked(index, len(self)).to(self.device, non_blocking=True)
@@ -147,7 +154,7 @@ def _received(loader: DataLoader):
 class Streamed:
     "A set that is read as it is needed, with the interface of `Resident`"
     def __init__(self,
-                 source: ImageSet,             # a set with one class per image
+                 source: ImageSet,
                  size: int,                    # side of the images in pixels; others are squashed
                  device: torch.device | str = "cpu",  # where the batches go
                  workers: int = 0,             # processes that read ahead; 0: read here, when asked
@@ -155,8 +162,8 @@ class Streamed:
         for name, value, least in (("size", size, 1), ("workers", workers, 0)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if source.multi_label or not len(source):
-            raise ValueError(f"{source!r}: a set with one class per image, and at least one image, is needed")
+        if not len(source):
+            raise ValueError(f"{source!r}: a set with at least one image is needed")
         self.source, self.size, self.device, self.workers = source, size, torch.device(device), workers
 
     def __len__(self):
@@ -164,8 +171,8 @@ class Streamed:
 
     @cached_property
     def labels(self) -> Tensor:
-        "The labels (N,); a set that keeps no list of them is read once for that"
-        if isinstance(self.source, Indexed):
+        "The labels (N,) or (N, K); a set that keeps no list of them is read once for that"
+        if isinstance(self.source, Indexed) and not self.source.multi_label:
             return torch.tensor([label for (label,) in self.source.targets], device=self.device)
         parts = torch.arange(len(self)).split(250)
         return torch.cat([read_items(self.source, part.tolist(), self.size)[1] for part in parts]).to(self.device)
@@ -177,7 +184,7 @@ class Streamed:
 
     def batches(self,
                 order: Iterable[Tensor],  # the indices (n,) of each batch
-                ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # images uint8 (n, 3, S, S), labels (n,), indices (n,)
+                ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # images uint8 (n, 3, S, S), labels (n,) or (n, K), indices (n,)
         "The batches, one after the other"
         lists = (_checked(index, len(self)).tolist() for index in order)
         loader = DataLoader(_Reading(self.source, self.size), batch_sampler=lists, num_workers=self.workers,
