@@ -26,7 +26,7 @@ from PIL import Image
 import xai_companion
 
 SHIPPED = ("xai_companion", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff")
-WHERE_PRESENT = {"IPython": {"viz.py", "results.py"}, "pytorch_grad_cam": {"bench.py"}, "torchcam": {"bench.py"},  # where it runs in a notebook; its peers
+WHERE_PRESENT = {"IPython": {"figures.py", "results.py"}, "pytorch_grad_cam": {"bench.py"}, "torchcam": {"bench.py"},  # where it runs in a notebook; its peers
                  "jupyter_client": {"notebooks.py"}, "nbformat": {"notebooks.py", "reproduce.py"}}  # nbclient brings the two
 LAZY = ("captum", "timm", "matplotlib", "torchvision", "pandas", "skimage", "nbclient", "IPython")
 

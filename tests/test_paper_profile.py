@@ -35,13 +35,13 @@ from xai_companion.cli import main
 from xai_companion.data.arrays import ArrayReader
 from xai_companion.data.readers import TinyImageNet
 from xai_companion.experiments import creatures_lab, explanation_scores, real_lab, run_rows, store_rows, trained
+from xai_companion.figures import PhotoFigure
 from xai_companion.models import load_model
 from xai_companion.results import load
 from xai_companion.steps import OutOfTime, read_plan
 from xai_companion.testbeds import OF_PROFILE, TESTBEDS
 from xai_companion.train.published import PUBLISHED
 from xai_companion.train.recipes import Config
-from xai_companion.viz import PhotoFigure
 
 # ---- the sets of the training papers, with more images than the readers' tests need -------------------------------
 CLASSES = [f"class {i}" for i in range(10)]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from xai_companion import gallery, viz
 from xai_companion.data.photos import PHOTO_NAMES, photos
+from xai_companion.figures import subplots
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 
@@ -172,7 +173,7 @@ def test_figures_stay_small():
 
 def test_methods_keep_their_colours():
     "All of them in one figure, beside a gradient of as many colours as there may be"
-    fig, (left, right) = viz.subplots(1, 2, (7, 3))
+    fig, (left, right) = subplots(1, 2, (7, 3))
     for i, colour in enumerate(viz.PALETTE):
         left.plot([0, 1], [i, i + 1], color=colour)
     right.imshow(np.arange(256)[None], aspect="auto", cmap="viridis")
@@ -180,7 +181,7 @@ def test_methods_keep_their_colours():
     stored = Image.open(io.BytesIO(data)).convert("RGB")
     found = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in stored.getcolors(10**6)}
     assert set(viz.PALETTE) <= found and len(found) <= 48
-    fig, ax = viz.subplots()
+    fig, ax = subplots()
     ax.bar([0, 1], [1, 2], color=viz.BLUE)
     colours = sorted(Image.open(io.BytesIO(fig.small()[1])).convert("RGB").getcolors(10**6), reverse=True)
     assert [colour for _, colour in colours[:2]] == [(255, 255, 255), (0x1a, 0x85, 0xff)]
@@ -190,7 +191,7 @@ def test_notebooks_get_the_small_picture(monkeypatch):
     display = pytest.importorskip("IPython.display")
     shown = []
     monkeypatch.setattr(display, "display", lambda bundle, **options: shown.append((bundle, options)))
-    fig, ax = viz.subplots()
+    fig, ax = subplots()
     fig._ipython_display_()
     (bundle, options), = shown
     assert Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).mode == "P"

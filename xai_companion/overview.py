@@ -17,9 +17,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from .core import PROFILES
+from .figures import LOOK, subplots
 from .results import TIMES, Table, grid_cell, load, newest, summarize
 from .verdicts import CLAIMS, MARKS, difference_text, judged, over_settings, stored_comparisons
-from .viz import LOOK, subplots
 
 # %% ../nbs/02b_overview.ipynb #6be81973
 TITLES = {"sise": "SISE", "ada_sise": "Ada-SISE", "integrated_gradcam": "Integrated Grad-CAM", "edda": "EDDA", "excon": "ExCon"}

@@ -92,7 +92,7 @@ def panel(pictures: list,  # elements, side by side
         class_=kind or None,
     )
 
-def chart(figure,     # from `viz.subplots`
+def chart(figure,     # from `figures.subplots`
           text: str,  # what it shows, for those who cannot see it
           ) -> Markup:
     "A matplotlib figure as an image element"

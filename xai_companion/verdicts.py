@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from .core import PROFILES
+from .figures import LOOK, subplots
 from .records import mean_interval, record
 from .results import TIMES, Table, load, save
-from .viz import LOOK, subplots
 
 # %% ../nbs/02a_verdicts.ipynb #f44fe8b0
 def paired_p(differences  # (N,): one per image, or per seed

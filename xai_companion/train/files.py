@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 
 # %% ../../nbs/42b_train.files.ipynb #28229c94
 from ..core import replacing
-from ..viz import BLUE, LOOK, RED, subplots
+from ..figures import LOOK, subplots
+from ..viz import BLUE, RED
 
 # %% ../../nbs/42b_train.files.ipynb #68cc93a3
 def write_whole(file: Path,    # to be written, or replaced
