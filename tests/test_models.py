@@ -14,14 +14,13 @@ from xai_companion.models import (
     SMALL,
     Normalized,
     conv_blocks,
-    fill_weights,
     find_class,
     imagenet_classes,
     last_conv,
     load_model,
-    read_weights,
     top_classes,
 )
+from xai_companion.pretrained import fill_weights, read_weights
 
 LAYERS = {
     "resnet18": ["relu", "layer1", "layer2", "layer3", "layer4"],

@@ -24,7 +24,8 @@ from .evaluate import evaluate, is_finished
 from .explain import (RISE, SISE, ExtremalPerturbation, FullGrad, GradCAM, GradCAMPlusPlus, IntegratedGradients, ScoreCAM)
 from .explain.rise import masks_of_authors
 from .metrics import CURVES, LOCALIZATION, MASKED, METRICS, Metric
-from .models import load_model, read_weights
+from .models import load_model
+from .pretrained import read_weights
 from .results import save_row
 from .steps import PLANNED, TIME_BOX, Step
 from .verdicts import save_comparisons

@@ -22,7 +22,8 @@ from ..data.items import ImageSet
 from ..explain import MaskedExplainer, get_explainer
 from ..explain.base import option_names, with_options
 from ..hooks import evaluating, unwrapped
-from ..models import BEST, fill_weights, load_model, read_weights
+from ..models import load_model
+from ..pretrained import BEST, fill_weights, read_weights
 from ..scores import check_logits
 
 # %% ../../nbs/67_commands.options.ipynb #c3e2d471
