@@ -23,8 +23,8 @@ from xai_companion.explain.sise import after_pooling, gate, score_maps
 from xai_companion.hooks import find_layers
 from xai_companion.masking import normalize_map, upsample
 from xai_companion.metrics import average_drop, infidelity
+from xai_companion.metrics.sanity import correlation
 from xai_companion.models import Normalized, last_conv, load_model
-from xai_companion.results import correlation
 
 CHEAP = {
     "integrated_gradcam": {"steps": 4}, "integrated_gradients": {"steps": 5}, "smoothgrad": {"samples": 3},

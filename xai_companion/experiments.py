@@ -28,8 +28,9 @@ from .explain import EXPLAINERS, get_explainer
 from .hooks import classifier_of, entering, evaluating
 from .metrics import CURVES, LOCALIZATION, MASKED, METRICS, Metric, expected_calibration_error, temperature_scaling
 from .metrics.robustness import attacked_logits, fgsm, pgd
+from .metrics.sanity import correlation
 from .records import record, record_key
-from .results import correlation, save
+from .results import save
 from .steps import Step
 from .train.files import write_whole
 from .train.loop import fit
