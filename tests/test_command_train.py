@@ -11,8 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from helpers import QUIET, command, parsed, same
+from writers import write_voc
 
 from xai_companion.data.datasets import load_dataset
+from xai_companion.data.items import ImageSet, Item
+from xai_companion.data.scenes import VOC_CLASSES
 from xai_companion.models import load_model
 from xai_companion.train import (
     read_checkpoint,
@@ -245,14 +248,63 @@ def test_one_class_and_other_classes(tmp_path):
         run("--debug", "--data", tmp_path / "two", *SHORT, "--out", tmp_path / "out")
 
 
-def test_several_classes_per_image(monkeypatch, tmp_path):
-    from xai_companion.data.items import ImageSet
+class Street(ImageSet):
+    "Red is a car, green a bus, both of them in every third image"
+    name, multi_label, classes, fingerprint = "street", True, ["car", "bus"], "street of 24"
 
-    class Street(ImageSet):
-        name, multi_label, classes = "street", True, ["car", "bus"]
-    monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda *arguments, **options: Street())
-    with pytest.raises(ValueError, match="street has several classes per image"):
-        run("--debug", "--data", "voc2012", *SHORT, "--out", tmp_path / "out")
+    def __init__(self, split):
+        self.split = split
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        labels = ((0,), (1,), (0, 1))[index % 3]
+        image = 0.2 * torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index))
+        for label in labels:
+            image[label, 2 + 8 * label:6 + 8 * label, 4:12] = 1
+        return Item(f"{index}.png", image, labels)
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "0")])
+@pytest.mark.parametrize("recipe", ["ce", "edda", "edda_random_class"])
+def test_several_classes_per_image(monkeypatch, tmp_path, capsys, recipe, workers):
+    monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda name, split, **options: Street(split))
+    words = ("--data", "voc2012", "--recipe", recipe, "--size", "16", "--epochs", "12", "--batch", "8", "--device", "cpu", *workers)
+    assert run(*words, "--out", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "24 training and 24 validation images, 2 classes" in said and "validation accuracy 100.0%" in said
+    [model] = tmp_path.rglob("model.pt")
+    network = load_model("plain_cnn", model)
+    with torch.no_grad():
+        answers = network(torch.stack([Street("val")[i].image for i in range(3)])).sigmoid() > 0.5
+    assert recipe != "ce" or answers.tolist() == [[True, False], [False, True], [True, True]]
+
+
+@pytest.mark.parametrize("words, message", [
+    (("--recipe", "supcon"), "supcon is for images of one class each, and these show several: ce, cutout, edda"),
+    (("--recipe", "edda", "--set", "drop_target=extra"), "drop_target is for images of one class each"),
+    (("--recipe", "edda", "--set", "refresh=2"), "a kept map is about one class"),
+])
+def test_recipes_for_one_class_per_image(monkeypatch, tmp_path, capsys, words, message):
+    monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda name, split, **options: Street(split))
+    assert run("--data", "voc2012", *words, "--size", "16", "--epochs", "1", "--device", "cpu", "--out", tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_edda_on_files_of_voc(tmp_path, capsys):
+    "Two classes on each of twenty photographs; each is the only one on none"
+    folder = write_voc(tmp_path / "VOCdevkit" / "VOC2007", count=20)
+    box = "<bndbox><xmin>{0}</xmin><ymin>2</ymin><xmax>{1}</xmax><ymax>30</ymax></bndbox>"
+    for i, file in enumerate(sorted((folder / "Annotations").glob("*.xml"))):
+        objects = "".join(f"<object><name>{VOC_CLASSES[(i + k) % 20]}</name><difficult>0</difficult>{box.format(1 + 20 * k, 20 + 20 * k)}</object>"
+                          for k in range(2))
+        file.write_text(f"<annotation><filename>{file.stem}.jpg</filename>{objects}</annotation>")
+    words = ("--data", "voc2007", "--root", tmp_path, "--recipe", "edda", "--size", "32", "--epochs", "2", "--batch", "5", "--device", "cpu")
+    assert run(*words, "--test", "--out", tmp_path / "out") == 0
+    assert "20 training and 20 validation images, 20 classes" in capsys.readouterr().out
+    log = pd.read_csv(next((tmp_path / "out").rglob("log.csv")))
+    assert log.salient.iloc[-1] > 0 and log[["loss", "val_loss", "val_accuracy"]].notna().all().all()
 
 
 def test_too_many_images_for_the_memory(monkeypatch, photos, tmp_path):

@@ -59,6 +59,17 @@ def test_notebook_is_small(notebook):
 
 
 @per_notebook
+def test_cells_and_notebooks_are_short(notebook):
+    "An exported cell has 50 lines at most, a notebook 300 of them and 120 cells"
+    cells = json.loads((NBS / notebook).read_text(encoding="utf-8"))["cells"]
+    lengths = {cell["id"]: sum(bool(line.strip()) and not line.startswith("#|") for line in cell["source"])
+               for cell in cells if "#| export" in "".join(cell["source"])}
+    long = {id: count for id, count in lengths.items() if count > 50}
+    assert not long, f"split these cells: {long}"
+    assert sum(lengths.values()) <= 300 and len(cells) <= 120, f"{sum(lengths.values())} exported lines in {len(cells)} cells"
+
+
+@per_notebook
 def test_names_in_the_text_exist(notebook):
     "What the prose calls `module.name` can be had under this name"
     cells = json.loads((NBS / notebook).read_text(encoding="utf-8"))["cells"]

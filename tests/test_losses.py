@@ -8,11 +8,14 @@ from torch.nn import functional as F
 
 from xai_companion.train.losses import (
     DROP_TARGETS,
+    classification_loss,
     collapse_alarm,
     collapsed_value,
     drop_targets,
     edda_loss,
+    edda_loss_of_several,
     gathered,
+    is_right,
     supcon_loss,
 )
 
@@ -439,3 +442,62 @@ def test_how_near_is_collapsed():
     assert collapse_alarm([0.991 * value] * 100, 128) and collapse_alarm([1.009 * value] * 100, 128)
     assert collapse_alarm([0.988 * value] * 100, 128) is None is collapse_alarm([1.012 * value] * 100, 128)
     assert collapse_alarm([value] * 99, 128) is None
+
+
+class TestSeveralClasses:
+    "EDDA where an image shows several classes: loops, gradients, precision, and what makes no sense"
+    SHOWN = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]])
+    EXPLAINED = torch.tensor([2, 1, 3])
+
+    @staticmethod
+    def answers(seed):
+        return 2 * torch.randn(3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    @staticmethod
+    def in_loops(logits, keep, drop, shown, explained, keep_weight=1.0, drop_weight=1.0, smoothing=0.0):
+        def pays(logit, target, s=0.0):
+            target, p = target * (1 - s) + s / 2, 1 / (1 + math.exp(-logit))
+            return -target * math.log(p) - (1 - target) * math.log(1 - p)
+        total = 0
+        for i, row in enumerate(shown.tolist()):
+            c = explained[i].item()
+            total += sum(pays(logits[i, k].item(), y, smoothing) for k, y in enumerate(row)) / len(row)
+            counted = [k for k, y in enumerate(row) if k == c or not y]
+            total += keep_weight * sum(pays(keep[i, k].item(), k == c, smoothing) for k in counted) / len(counted)
+            total += drop_weight * sum(pays(drop[i, k].item(), y and k != c) for k, y in enumerate(row)) / len(row)
+        return total / len(shown)
+
+    @pytest.mark.parametrize("options", [{}, dict(keep_weight=0.3, drop_weight=2.0), dict(smoothing=0.2)])
+    def test_equals_loops(self, options):
+        parts = [self.answers(seed) for seed in range(3)]
+        found = edda_loss_of_several(*parts, self.SHOWN, self.EXPLAINED, **options)
+        assert found.item() == pytest.approx(self.in_loops(*parts, self.SHOWN, self.EXPLAINED, **options), rel=1e-12)
+        alone = edda_loss_of_several(parts[0], None, None, self.SHOWN, self.EXPLAINED, **options)
+        assert torch.equal(alone, classification_loss(parts[0], self.SHOWN, options.get("smoothing", 0.0)))
+
+    def test_other_classes_of_the_image_do_not_count_in_what_is_kept(self):
+        keep = self.answers(1).requires_grad_()
+        loss = edda_loss_of_several(self.answers(0), keep, None, self.SHOWN, self.EXPLAINED)
+        [slope] = gradients(loss, keep)
+        assert (slope == 0).tolist() == [[True, False, False, False], [False] * 4, [True, True, True, False]]
+
+    def test_gradcheck_and_half(self):
+        parts = [self.answers(seed).requires_grad_() for seed in range(3)]
+        assert torch.autograd.gradcheck(lambda *given: edda_loss_of_several(*given, self.SHOWN, self.EXPLAINED), parts)
+        half = [part.detach().bfloat16() for part in parts]
+        whole = edda_loss_of_several(*(part.float() for part in half), self.SHOWN, self.EXPLAINED)
+        assert torch.equal(edda_loss_of_several(*half, self.SHOWN, self.EXPLAINED), whole)
+
+    def test_the_highest_class_is_one_of_those_shown(self):
+        logits = torch.tensor([[0., 3, 1, 2], [0, 3, 1, 2], [0, 3, 1, 2]])
+        assert is_right(logits, self.SHOWN).tolist() == [False, True, True]
+        assert is_right(logits, torch.tensor([1, 3, 1])).tolist() == [True, False, True]
+
+    @pytest.mark.parametrize("change, message", [
+        (dict(labels=torch.tensor([2, 1, 3])), "0 and 1 in the shape of logits"), (dict(labels=2 * SHOWN), "0 and 1"),
+        (dict(explained=torch.tensor([1, 1, 3])), "none of those that its image shows"), (dict(explained=torch.tensor([1, 1])), "one per image"),
+        (dict(keep_weight=-1.0), "keep_weight"), (dict(smoothing=2), "smoothing"), (dict(drop=torch.zeros(3, 5)), "drop must have the shape")])
+    def test_bad_input(self, change, message):
+        given = dict(logits=torch.zeros(3, 4), keep=None, drop=None, labels=self.SHOWN, explained=self.EXPLAINED) | change
+        with pytest.raises(ValueError, match=message):
+            edda_loss_of_several(**given)

@@ -79,9 +79,18 @@ def test_every_recipe_of_the_design_is_there():
 # ------------------------------------------------------------------ in the loop
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_stopped_and_continued_ends_with_the_same_bits(tmp_path, name, monkeypatch):
-    whole = fit(config(name), toy(), toy(12, seed=1), model=net(), folder=tmp_path / "whole")
+def several(data):
+    "The same images with rows of 0 and 1: their own class, and for every second image the next one"
+    images, labels = data
+    rows = nn.functional.one_hot(labels, 4)
+    rows[::2] |= rows[::2].roll(1, 1)
+    return images, rows
+
+
+@pytest.mark.parametrize("name, rows", [(name, False) for name in NAMES] + [(name, True) for name in ("cutout", "edda", "edda_random_class")])
+def test_stopped_and_continued_ends_with_the_same_bits(tmp_path, name, rows, monkeypatch):
+    given = [several(data) if rows else data for data in (toy(), toy(12, seed=1))]
+    whole = fit(config(name), *given, model=net(), folder=tmp_path / "whole")
     kind, left = RECIPES[name], [2]
     original = kind.loss
 
@@ -94,9 +103,9 @@ def test_stopped_and_continued_ends_with_the_same_bits(tmp_path, name, monkeypat
     for steps in (2, 1, 2):
         left[0] = steps
         with pytest.raises(KeyboardInterrupt, match="stopped after step"):
-            fit(config(name), toy(), toy(12, seed=1), model=net(), folder=tmp_path / "parts", every=0.0)
+            fit(config(name), *given, model=net(), folder=tmp_path / "parts", every=0.0)
     monkeypatch.setattr(kind, "loss", original)
-    again = fit(config(name), toy(), toy(12, seed=1), model=net(seed=7), folder=tmp_path / "parts")
+    again = fit(config(name), *given, model=net(seed=7), folder=tmp_path / "parts")
     assert same(whole.model, again.model)
     if whole.recipe.head is not None:
         assert same(whole.recipe.head, again.recipe.head)
@@ -218,6 +227,17 @@ def test_other_class_is_another_one():
     others = other_classes(labels, 4, torch.Generator().manual_seed(0))
     assert (others != labels).all() and others.min() == 0 and others.max() == 3
     assert all(set(others[labels == k].tolist()) == set(range(4)) - {k} for k in range(4))
+
+
+def test_of_several_classes_each_is_explained_in_its_turn():
+    "In the loss it is the one whose map makes the masks, and never one that the image does not show"
+    model, recipe = net(), ready("edda", net(), options={"start": 0.0})
+    images, rows = several(toy())
+    batch, asked = Batch(images, rows, torch.arange(len(rows))), []
+    recipe.maps = lambda view, labels: asked.append(labels) or torch.rand(len(view), 1, *view.shape[2:])
+    found = torch.stack([recipe.views(model, batch, Moment(progress=0.9), torch.Generator().manual_seed(i)).explained for i in range(40)])
+    assert torch.equal(found, torch.stack(asked)) and (rows.gather(1, found.T) == 1).all()
+    assert [len(own.unique()) for own in found.T] == rows.sum(1).tolist()
 
 
 def test_the_further_class_is_never_explained():
@@ -495,6 +515,11 @@ def test_a_new_version_of_the_explainer_is_another_run(monkeypatch):
     before = {name: config(name).key for name in ("ce", "edda", "excon")}
     monkeypatch.setattr(GradCAM, "version", GradCAM.version + 1)
     assert {name for name, key in before.items() if config(name).key != key} == {"edda", "excon"}
+
+
+def test_a_method_has_one_key_however_it_is_written():
+    first, other = (replace(config("edda"), options={"method": name}).key for name in ("gradcampp", "Grad-CAM++"))
+    assert first == other != replace(config("edda"), options={"method": "gradcam"}).key
 
 
 # ------------------------------------------------------------------ the papers' schedules

@@ -74,6 +74,8 @@ def real_lab(name: str,            # of `load_dataset`, one class per image
              ) -> Lab:
     "A data set that is on this computer"
     train, held = (load_dataset(name, part, size=size) for part in ("train", "val"))
+    if train.multi_label:
+        raise ValueError(f"{name} has several classes per image: the tables of the papers count one")
     count = classes or len(train.classes)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     order = order[Streamed(train, size).labels[order] < count]

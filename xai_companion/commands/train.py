@@ -18,7 +18,6 @@ from torch import nn
 # %% ../../nbs/67c_commands.train.ipynb #81868e68
 from .options import check_folder, check_numbers, check_takes, check_weights, parse_option
 from ..core import pick_device, rank_and_world, seeded, settings
-from ..data.items import ImageSet
 from ..data.augment import AUGMENTATIONS
 from ..hooks import classifier_of, unwrapped
 from ..models import load_model
@@ -41,6 +40,7 @@ def _check_test(name: str, root: str | None):
 # %% ../../nbs/67c_commands.train.ipynb #db5d97d6
 def _mixed(labels, seed):
     "A random order of images: first one of each class; and in each beginning the classes have their proportions"
+    labels = labels if labels.ndim == 1 else labels.argmax(1)  # of several the first one
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     place = torch.empty(len(labels))
     for label in labels.unique():
@@ -50,7 +50,8 @@ def _mixed(labels, seed):
 
 def _split_off(images, labels, seed, share=5):
     "Training and validation parts of tensors: a fifth of each class is kept back, but not its only image"
-    count = min(-(-len(labels) // share), len(labels) - len(labels.unique()))
+    from xai_companion.train.tensors import classes_in
+    count = min(-(-len(labels) // share), len(labels) - len(classes_in(labels)))
     if not count:
         raise ValueError("there is one image of each class, so none can be kept back for validation: add images, or folders "
                          "train and val")
@@ -59,12 +60,6 @@ def _split_off(images, labels, seed, share=5):
     return (images[keep], labels[keep]), (images[back], labels[back])
 
 # %% ../../nbs/67c_commands.train.ipynb #f490705d
-def _checked(source: ImageSet) -> ImageSet:
-    "The set, if it has one class per image"
-    if source.multi_label:
-        raise ValueError(f"{source.name} has several classes per image: the recipes need sets with one")
-    return source
-
 def _sets(name, root, size, count, test) -> dict:
     "The sets of a run by part, and with the same classes: train, val where there is one, and test where it is wanted"
     from xai_companion.data.datasets import load_dataset
@@ -75,7 +70,7 @@ def _sets(name, root, size, count, test) -> dict:
         parts["train"] = "train" if has_classes(Path(root or "") / "train") else "all"
     if name != "imagefolder" or (parts["train"] == "train" and has_classes(Path(root or "") / "val")):
         parts["val"] = "val"
-    sets = {part: _checked(load_dataset(name, split, root=root, size=size, **(drawn if part == "train" else {})))
+    sets = {part: load_dataset(name, split, root=root, size=size, **(drawn if part == "train" else {}))
             for part, split in parts.items()}
     classes = sets["train"].classes
     if len(classes) < 2:

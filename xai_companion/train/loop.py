@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 # %% ../../nbs/43_train.loop.ipynb #711a0af1
 from ..core import autocasting, pick_device, progress, rank_and_world, seeded
@@ -25,6 +24,7 @@ from ..masking import is_out_of_memory
 from ..models import SMALL, load_model
 from .checkpoint import restore_run, save_run, save_weights
 from .files import COLUMNS, alone
+from .losses import classification_loss, is_right
 from .passes import Course, Pass, plan_passes
 from .processes import average_gradients, check_same, share_buffers, share_weights, wait_for_all
 from .recipes import Batch, Config, Moment, Views, get_recipe
@@ -56,18 +56,18 @@ def make_optimizer(parameters,     # what learns
 # %% ../../nbs/43_train.loop.ipynb #513fa656
 def loss_and_accuracy(model: nn.Module,  # takes images in [0, 1], returns logits (N, K)
                       images: Tensor,    # uint8 (N, C, S, S)
-                      labels: Tensor,    # (N,)
+                      labels: Tensor,    # (N,), or (N, K) of several classes per image
                       batch: int = 250,  # images at a time
                       dtype: str = "float32",  # or "bfloat16": autocast
                       ) -> tuple[float, float]:
-    "Mean cross-entropy and share of right predictions, in evaluation mode"
+    "The mean loss of classification and the share of right predictions, in evaluation mode"
     loss = right = 0
     with torch.inference_mode(), evaluating(model):
         for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
             with autocasting(images.device, dtype):
                 logits = model(part.contiguous(memory_format=torch.channels_last).float() / 255).float()
-            loss += F.cross_entropy(logits, truth, reduction="sum").item()
-            right += (logits.argmax(1) == truth).sum().item()
+            loss += len(truth) * classification_loss(logits, truth).item()
+            right += is_right(logits, truth).sum().item()
     return loss / len(labels), right / len(labels)
 
 # %% ../../nbs/43_train.loop.ipynb #7d3e6a21
@@ -88,6 +88,7 @@ class RunState:
         self.per_epoch = len(data) // self.batch
         self.part_steps = -(-config.seen // self.batch) if config.seen else config.epochs * self.per_epoch
         self.recipe = get_recipe(config.recipe)(config)
+        self.recipe.check_labels(data.labels)
         with seeded(subseed(config.seed, "head")):
             self.recipe.setup(model, len(data))
         self.optimizers = {p: make_optimizer(self.recipe.parameters(model, p), config) for p in self.recipe.parts}
@@ -119,7 +120,7 @@ def tally(loss: Tensor,    # the mean over the images
           ) -> Tensor:     # (3 + notes,): loss, right answers, images, notes
     "Sums over the images of a step"
     count = len(views.labels)
-    right = views.labels.new_zeros(()) if logits is None else (logits.argmax(1) == views.labels).sum()
+    right = views.labels.new_zeros(()) if logits is None else is_right(logits, views.labels).sum()
     own = views.notes or (right.new_zeros(()),) * notes
     return torch.stack([loss.detach().float() * count, right, right.new_full((), count), *(note * count for note in own)])
 
@@ -213,7 +214,7 @@ def _class_count(labels, classes, model, size) -> int:
         return len(classes)
     if model is not None:
         return outputs_of(model, size)
-    return max(2, int(labels.max()) + 1) if len(labels) else 2
+    return labels.shape[1] if labels.ndim == 2 else max(2, int(labels.max()) + 1) if len(labels) else 2
 
 def _check_kind(data, what):
     "Raise unless images come as `fit` takes them"
@@ -262,7 +263,7 @@ def make_run(config: Config, train, val, model, classes, device, workers=None) -
 
 # %% ../../nbs/43_train.loop.ipynb #8c094292
 def fit(config: Config,
-        train,              # an `ImageSet`, or images uint8 (N, C, S, S) and labels (N,)
+        train,              # an `ImageSet`, or images uint8 (N, C, S, S) and labels (N,), or (N, K) of several classes per image
         val=None,           # the same, for the evaluation after each epoch
         model: nn.Module | None = None,  # takes images in [0, 1], trained in place; default: the config's
         classes: list | None = None,     # names of the K classes; default: those of `train`

@@ -12,13 +12,13 @@ from numbers import Real
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 # %% ../../nbs/42_train.recipes.ipynb #8555bfde
 from ..core import check_between, check_counts, check_positive, did_you_mean
 from ..data.augment import AUGMENTATIONS, augmented
 from ..explain import get_explainer
 from ..records import record_key
+from .losses import classification_loss
 
 # %% ../../nbs/42_train.recipes.ipynb #c4a39720
 @dataclass(frozen=True)
@@ -52,9 +52,12 @@ class Config:
     def key(self) -> str:
         "12 hexadecimal digits that stand for this config"
         settings, recipe = {k: v for k, v in asdict(self).items() if k != "seed"}, get_recipe(self.recipe)
-        method = recipe.check(self.options).get("method")
-        explainer = get_explainer(method).version if method else 1
-        versions = {"version": recipe.version} | ({"explainer": explainer} if explainer > 1 else {})
+        versions = {"version": recipe.version}
+        if method := recipe.check(self.options).get("method"):
+            explainer = get_explainer(method)
+            if "method" in self.options:  # whichever way it is written
+                settings["options"] = self.options | {"method": explainer.name}
+            versions |= {"explainer": explainer.version} if explainer.version > 1 else {}
         return record_key(settings | versions, self.seed)
 
     @property
@@ -108,6 +111,7 @@ class RecipeCard:
     version = 1    # raised when the results change
     options = {}   # the numbers that only this recipe knows, and their defaults
     instead = ""   # where the config's `augmentation` means nothing: what says how images are changed
+    several = False  # can an image show several classes?
 
     def __init_subclass__(cls, name=None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -140,7 +144,7 @@ class RecipeCard:
 class Batch:
     "Some training images"
     images: Tensor  # uint8 (B, C, S, S)
-    labels: Tensor  # (B,)
+    labels: Tensor  # (B,); (B, K) of 0 and 1 where images show several classes
     index: Tensor   # (B,): which training images they are
 
 @dataclass
@@ -154,8 +158,9 @@ class Moment:
 class Views:
     "What the network sees in a step"
     images: Tensor      # (V, C, S, S) in [0, 1]; V is at least B
-    labels: Tensor      # (B,): the classes of the first B views; what the others are is the recipe's affair
+    labels: Tensor      # (B,) or (B, K): the classes of the first B views; what the others are is the recipe's affair
     notes: tuple = ()   # means over the batch, for the log: a scalar tensor per name in the recipe's `notes`
+    explained: Tensor | None = None  # (B,): the class of each image that the other views are about
 
 # %% ../../nbs/42_train.recipes.ipynb #381d3f5d
 class Recipe(RecipeCard):
@@ -170,6 +175,12 @@ class Recipe(RecipeCard):
               count: int,        # training images
               ):
         "Make what the recipe needs, once per run"
+
+    def check_labels(self, labels: Tensor):  # (N,), or (N, K) of several classes per image
+        "Raise if the recipe cannot learn from such labels"
+        if labels.ndim == 2 and not self.several:
+            able = ", ".join(sorted(name for name, recipe in RECIPES.items() if recipe.several))
+            raise ValueError(f"the recipe {self.name} is for images of one class each, and these show several: {able} take them")
 
     def parameters(self, model: nn.Module, part: str) -> list:
         "What learns in this part"
@@ -215,13 +226,15 @@ class Recipe(RecipeCard):
 # %% ../../nbs/42_train.recipes.ipynb #10294f57
 class CrossEntropy(Recipe, name="ce"):
     "Cross-entropy on one augmented view per image"
+    several = True
+
     def views(self, model, batch, moment, generator):
         [view] = self.augmented(batch.images, generator)
         return Views(view, batch.labels)
 
     def loss(self, model, views, moment):
         logits = model(views.images).float()
-        return F.cross_entropy(logits, views.labels, label_smoothing=self.config.smoothing), logits
+        return classification_loss(logits, views.labels, self.config.smoothing), logits
 
 # %% ../../nbs/42_train.recipes.ipynb #4cc12d3b
 class Cutout(CrossEntropy, name="cutout"):
