@@ -12,7 +12,7 @@ from writers import coco_content, needs_coco, write_coco, write_elpv, write_stee
 from xai_companion import testbeds
 from xai_companion.cli import main
 from xai_companion.compare import differences
-from xai_companion.explain import GradCAM, HiResCAM, LayerCAM
+from xai_companion.explain import RISE, GradCAM, HiResCAM, LayerCAM
 from xai_companion.models import load_model
 from xai_companion.testbeds import (
     CURVES,
@@ -160,6 +160,24 @@ def test_reduced_methods_say_so(monkeypatch):
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "gpu")
     full = methods(network, bed)
     assert full["RISE"].n_masks == 8000 and full["Extremal Perturbation"].steps == 800 and full["Extremal Perturbation"].lr == 0.01
+
+
+def test_rise_is_the_mean_of_three_runs_in_the_paper_profile(own_run, monkeypatch):
+    network, bed = load_model("plain_cnn"), TESTBEDS["plain"]
+    three = {name: RISE(network, n_masks=4, seed=k) for k, name in enumerate(("RISE", "RISE, run 2", "RISE, run 3"))}
+
+    def measured(explainers):
+        [run] = run_testbeds(lambda network, bed: explainers, n=4, metrics=("ebpg",))
+        return run
+    run, each = measured(three | {"Grad-CAM": GradCAM(network)}), [measured({"one": one}) for one in three.values()]
+    expected = np.mean([one.values("one", "ebpg", one.frame).to_numpy() for one in each], 0)
+    assert list(run.frame.explainer.unique()) == ["RISE", "Grad-CAM"]
+    np.testing.assert_allclose(run.values("RISE", "ebpg", run.frame).to_numpy(), expected)
+    gap = differences(run.frame, "RISE", ["Grad-CAM"], "ebpg")["Grad-CAM"].to_numpy()
+    np.testing.assert_allclose(gap, expected - run.values("Grad-CAM", "ebpg", run.frame).to_numpy())
+    monkeypatch.setenv("XAI_COMPANION_PROFILE", "paper")
+    runs = {name: one for name, one in methods(network, bed).items() if name.startswith("RISE")}
+    assert list(runs) == ["RISE", "RISE, run 2", "RISE, run 3"] and [one.seed for one in runs.values()] == [0, 1, 2]
 
 
 def test_comparisons_are_paired(own_run):

@@ -174,12 +174,14 @@ def methods(model: nn.Module,
     areas, stride = by_profile(smoke=(0.05, 0.2), gpu=bed.areas), 800 / steps
     pairs = 256 if next(model.parameters()).is_cuda else 16
     few, short = (f" ({masks} masks)" if masks < bed.masks else ""), (f" ({steps} steps, 2 areas)" if steps < 800 else "")
+    further = {f"RISE, run {k + 1}": RISE(model, n_masks=masks, seed=k, **options) for k in range(1, by_profile(smoke=1, paper=3))}
     return {
         "Grad-CAM": GradCAM(model),
         "Grad-CAM++": GradCAMPlusPlus(model),
         "Extremal Perturbation" + short: ExtremalPerturbation(model, areas=areas, steps=steps, lr=0.01 * stride, growth=1.0035**stride,
                                                                chunk=pairs),
         "RISE" + few: RISE(model, n_masks=masks, **options),
+        **further,
         "Score-CAM": ScoreCAM(model, **options),
         "Integrated Gradients": IntegratedGradients(model),
         "FullGrad": FullGrad(model),
@@ -304,6 +306,7 @@ def run_testbeds(explainers: Callable[[nn.Module, Testbed], dict],  # the explai
             if not chosen:
                 continue
         frame = evaluate(chosen, **about)
+        frame.explainer = frame.explainer.str.replace(r", run \d+$", "", regex=True)  # what follows is the mean over the runs
         counts, units = frame.groupby("explainer", sort=False).position.nunique(), frame.drop_duplicates(["position", "label"])
         print(f"{bed.title}: {counts.max()} images" + (f", {counts.min()} for the slowest" if counts.min() < counts.max() else "")
               + f"; the class that is explained is the predicted one in {(units.predicted == units.label).mean():.0%}")
