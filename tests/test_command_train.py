@@ -251,6 +251,7 @@ def test_one_class_and_other_classes(tmp_path):
 class Street(ImageSet):
     "Red is a car, green a bus, both of them in every third image"
     name, multi_label, classes, fingerprint = "street", True, ["car", "bus"], "street of 24"
+    kinds = ((0,), (1,), (0, 1))
 
     def __init__(self, split):
         self.split = split
@@ -259,7 +260,7 @@ class Street(ImageSet):
         return 24
 
     def __getitem__(self, index):
-        labels = ((0,), (1,), (0, 1))[index % 3]
+        labels = self.kinds[index % len(self.kinds)]
         image = 0.2 * torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index))
         for label in labels:
             image[label, 2 + 8 * label:6 + 8 * label, 4:12] = 1
@@ -279,6 +280,24 @@ def test_several_classes_per_image(monkeypatch, tmp_path, capsys, recipe, worker
     with torch.no_grad():
         answers = network(torch.stack([Street("val")[i].image for i in range(3)])).sigmoid() > 0.5
     assert recipe != "ce" or answers.tolist() == [[True, False], [False, True], [True, True]]
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "0")])
+def test_images_that_show_nothing_and_a_choice_of_images(monkeypatch, tmp_path, capsys, workers):
+    "Every fourth image is an empty street; then so few images that both classes are there only by intent"
+    monkeypatch.setattr(Street, "kinds", ((0,), (), (0,), (0, 1)))
+    monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda name, split, **options: Street(split))
+    words = ("--data", "coco2014", "--recipe", "edda", "--size", "16", "--epochs", "6", "--batch", "8", "--device", "cpu")
+    assert run(*words, *workers, "--out", tmp_path) == 0 and "validation accuracy 75.0%" in capsys.readouterr().out  # of the empty none is right
+    for seed in range(5 if not workers else 0):
+        assert run(*words, "--images", 2, "--seed", seed, "--epochs", 1, "--batch", 2, "--out", tmp_path) == 0, capsys.readouterr().err
+
+
+def test_recipes_are_refused_before_images_are_read(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("xai_companion.data.datasets.load_dataset", lambda name, split, **options: Street(split))
+    monkeypatch.setattr(Street, "__getitem__", None)
+    assert run("--data", "voc2012", "--recipe", "excon", "--size", "16", "--device", "cpu", "--out", tmp_path) == 2
+    assert "excon is for images of one class each" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, message", [
@@ -358,7 +377,7 @@ def test_which_images_the_command_asks_for(photos, tmp_path, monkeypatch):
                           (("--config", "ce_cifar100", "--smoke"), ("cifar100", None, 32, 256, 0, False, False))):
         with pytest.raises(Asked) as found:
             run(*words, "--device", "cpu", "--out", tmp_path)
-        assert found.value.args == wanted
+        assert found.value.args[:-1] == wanted and found.value.args[-1].name == "ce"
 
 
 def test_a_new_classifier_is_drawn_by_the_seed_alone():

@@ -571,6 +571,9 @@ def test_a_folder_of_images(tmp_path, capsys):
             said = network(image.image[None])[0, chosen].softmax(0)
         assert chosen[row["label"]] == image.label and row["probability"] == pytest.approx(said[row["label"]].item(), abs=0.02)  # the files have bytes
     assert len(rows) >= len(chosen) > 2 and rows["drop"].notna().all() and "imagefolder" in capsys.readouterr().out
+    assert evaluated("--data", "imagefolder", "--root", tmp_path / "photos", "--metrics", "drop", "--out", tmp_path / "out") == 0
+    assert rows.equals(pd.read_csv(tmp_path / "out" / "rows.csv"))  # the same batches, found again
+    assert evaluated("--data", "imagefolder", "--out", tmp_path / "out") == 2 and "neither a folder" in capsys.readouterr().err
     (tmp_path / "photos" / data.classes[chosen[0]]).rename(tmp_path / "photos" / "dragon")
     words = ("--data", tmp_path / "photos", "--metrics", "drop,ebpg", "--out", tmp_path / "out")
     assert evaluated(*words) == 2 and "'dragon' is not one of them. Rename the folders" in capsys.readouterr().err

@@ -8,14 +8,17 @@ import pytest
 import torch
 from helpers import equal, noise, seed
 from torchvision.transforms.functional import to_pil_image
+from writers import write_voc
 
 from xai_companion.data import loader
 from xai_companion.data.augment import augmented
+from xai_companion.data.datasets import load_dataset
 from xai_companion.data.items import ImageSet, Item, resized
 from xai_companion.data.loader import Resident, Streamed, epoch_order, read_items, subseed
 from xai_companion.data.readers import ImageFolder
 from xai_companion.data.synthetic import Synthetic, creatures
 from xai_companion.explain.contract import generators
+from xai_companion.train import tensors
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +172,24 @@ def test_sets_that_make_no_sense():
     for wrong in (dict(size=0), dict(size=8.0), dict(size=8, workers=-1), dict(size=8, workers=None)):
         with pytest.raises(ValueError, match="whole number of at least"):
             Streamed(Cards(None), **wrong)
+
+
+def test_nothing_that_a_process_has_sent_is_kept(folder, monkeypatch):
+    "Each such tensor keeps a file open, and a set has thousands of batches"
+    kept, cat = [], torch.cat
+    monkeypatch.setattr(tensors, "MANY", 4)
+    monkeypatch.setattr(tensors.torch, "cat", lambda parts: kept.extend(parts) or cat(parts))
+    images, labels = tensors.to_tensors(ImageFolder(folder), 400)
+    assert len(kept) > 1 and not any(part.is_shared() for part in (*kept, images))
+    assert labels.tolist() == [target for (target,) in ImageFolder(folder).targets]
+
+
+def test_classes_that_a_reader_knows_are_not_read(tmp_path, monkeypatch):
+    write_voc(tmp_path / "VOCdevkit" / "VOC2007", count=4)
+    source = load_dataset("voc2007", "val", root=tmp_path)
+    _, expected = read_items(source, range(4), 8)
+    monkeypatch.setattr(type(source), "read", None)
+    assert torch.equal(Streamed(source, 8).labels, expected) and expected.sum(1).tolist() == [2, 1, 2, 1]
 
 
 def test_several_classes_per_image():

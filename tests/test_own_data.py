@@ -34,6 +34,13 @@ def test_how_classes_are_matched():
             match_classes(classes, 3, names)
 
 
+def test_files_of_boxes_are_for_one_class_per_image(place):
+    data = ImageFolder("pictures")
+    data.multi_label = True
+    with pytest.raises(ValueError, match="several classes per image: boxes and masks from other files do not say"):
+        Located(data, masks="masks")
+
+
 @pytest.mark.parametrize("mark", ["", "\ufeff"])  # Excel begins a file with a mark
 def test_class_maps_and_boxes_as_programs_write_them(tmp_path, mark):
     (tmp_path / "map.csv").write_text(mark + "red , 1\r\n\r\nlight blue,0\r\n", encoding="utf-8", newline="")

@@ -229,6 +229,22 @@ def test_other_class_is_another_one():
     assert all(set(others[labels == k].tolist()) == set(range(4)) - {k} for k in range(4))
 
 
+def test_the_random_class_is_none_that_the_image_shows():
+    images, rows = several(toy())
+    recipe, dice = ready("edda_random_class", net()), torch.Generator().manual_seed(0)
+    found = torch.stack([recipe.targets(None, rows, dice) for _ in range(60)])
+    assert (rows.gather(1, found.T) == 0).all() and [len(own.unique()) for own in found.T] == (4 - rows.sum(1)).tolist()
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model=net(5)), "the model has 5 outputs, and the images 4 classes"), (dict(val=toy(12)), "show one class each, the validation images several"),
+    (dict(train=(toy()[0], several(toy())[1].float())), "rows of 0 and 1"), (dict(train=(toy()[0], toy()[1][:, None])), r"labels\[:, 0\]")])
+def test_labels_of_several_classes_that_do_not_fit(change, message):
+    given = dict(train=several(toy()), model=net()) | change
+    with pytest.raises(ValueError, match=message):
+        fit(config("ce"), **given)
+
+
 def test_of_several_classes_each_is_explained_in_its_turn():
     "In the loss it is the one whose map makes the masks, and never one that the image does not show"
     model, recipe = net(), ready("edda", net(), options={"start": 0.0})
@@ -517,9 +533,11 @@ def test_a_new_version_of_the_explainer_is_another_run(monkeypatch):
     assert {name for name, key in before.items() if config(name).key != key} == {"edda", "excon"}
 
 
-def test_a_method_has_one_key_however_it_is_written():
-    first, other = (replace(config("edda"), options={"method": name}).key for name in ("gradcampp", "Grad-CAM++"))
-    assert first == other != replace(config("edda"), options={"method": "gradcam"}).key
+def test_a_method_is_one_run_however_it_is_written(tmp_path):
+    first, other = (replace(config("edda"), options={"method": name}) for name in ("gradcampp", "Grad-CAM++"))
+    assert first == other and first.key == other.key != replace(config("edda"), options={"method": "gradcam"}).key
+    steps = [fit(one, toy(), model=net(), folder=tmp_path).done for one in (first, other)]
+    assert steps == [6, 6]  # the second one finds the run finished
 
 
 # ------------------------------------------------------------------ the papers' schedules

@@ -203,9 +203,10 @@ SCORES = {
     "pgd4": Metric("PGD-20 4/255", "high", "model"), **{f"fgsm{e}": Metric(f"FGSM {e}/255", "high", "model") for e in (1, 2, 4, 8)},
     **{name: METRICS[name] for name in ("ebpg", "miou", "bbox", *MASKED, *CURVES)},
 }
-_WHERE = {"_shift": "mean over severities", **{f"_shift{s}": f"severity {s}" for s in range(1, 6)}, "_fgsm4": "FGSM 4/255"}
-SCORES |= {name + under: replace(SCORES[name], label=f"{SCORES[name].label}, {where}")
-           for name in ("accuracy", "nll", "ece", "ece_scaled", "ece10", "ece10_scaled") for under, where in _WHERE.items()}
+_ERRORS, _SHIFTS = ("ece", "ece_scaled", "ece10", "ece10_scaled"), {"_shift": "mean over severities"} | {f"_shift{s}": f"severity {s}" for s in range(1, 6)}
+SCORES |= {name + shift: replace(SCORES[name], label=f"{SCORES[name].label}, {where}")
+           for name in ("accuracy", "nll", *_ERRORS) for shift, where in _SHIFTS.items()}
+SCORES |= {f"{name}_fgsm4": replace(SCORES[name], label=f"{SCORES[name].label}, FGSM 4/255") for name in _ERRORS}
 
 # %% ../nbs/52_experiments.ipynb #2ba8a901
 def trained(config: Config,

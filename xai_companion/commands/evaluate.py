@@ -23,7 +23,13 @@ def for_classes(model, data, outputs, class_map=None):
                          f"the second class, {data.classes[1]}")
     if class_map is None and outputs == 1000 and hasattr(data, "imagenet_indices"):
         return Restricted(model, data.imagenet_indices, data.classes), "by WordNet number"
-    places, how = match_classes(data.classes, outputs, getattr(model, "classes", None), class_map)
+    try:
+        places, how = match_classes(data.classes, outputs, getattr(model, "classes", None), class_map)
+    except ValueError as error:
+        if data.name == "imagefolder":
+            raise
+        raise ValueError(f"model and data have other classes: choose a model that was trained on those of {data.name}, with --model and "
+                         f"--weights ({error})") from None
     return model if places == list(range(outputs)) else Restricted(model, places, data.classes), how
 
 # %% ../../nbs/67b_commands.evaluate.ipynb #9d4c04fc

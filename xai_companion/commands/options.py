@@ -156,7 +156,7 @@ def images_from(args,               # what the parser found
     "The images that a command names"
     from xai_companion.data.datasets import DATASETS, load_dataset
     from xai_companion.own_data import Located
-    named = [name for name in DATASETS if name != "imagefolder"]  # which needs a folder
+    named = [name for name in DATASETS if name != "imagefolder" or args.root]  # which needs a folder
     if Path(args.data).is_dir():
         name, root = "imagefolder", args.data
     elif args.data in named:

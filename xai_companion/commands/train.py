@@ -23,7 +23,7 @@ from ..hooks import classifier_of, unwrapped
 from ..models import load_model
 from ..networks import SMALL
 from ..train.published import PUBLISHED
-from ..train.recipes import DTYPES, OPTIMIZERS, RECIPES, Config, get_recipe
+from ..train.recipes import DTYPES, OPTIMIZERS, RECIPES, Config, Recipe, get_recipe
 
 # %% ../../nbs/67c_commands.train.ipynb #5d187955
 def _check_test(name: str, root: str | None):
@@ -40,7 +40,8 @@ def _check_test(name: str, root: str | None):
 # %% ../../nbs/67c_commands.train.ipynb #db5d97d6
 def _mixed(labels, seed):
     "A random order of images: first one of each class; and in each beginning the classes have their proportions"
-    labels = labels if labels.ndim == 1 else labels.argmax(1)  # of several the first one
+    if labels.ndim == 2:  # of several classes the rarest one
+        labels = (labels / labels.sum(0).clamp(min=1)).argmax(1)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     place = torch.empty(len(labels))
     for label in labels.unique():
@@ -50,8 +51,7 @@ def _mixed(labels, seed):
 
 def _split_off(images, labels, seed, share=5):
     "Training and validation parts of tensors: a fifth of each class is kept back, but not its only image"
-    from xai_companion.train.tensors import classes_in
-    count = min(-(-len(labels) // share), len(labels) - len(classes_in(labels)))
+    count = min(-(-len(labels) // share), len(labels) - len(labels.unique()))
     if not count:
         raise ValueError("there is one image of each class, so none can be kept back for validation: add images, or folders "
                          "train and val")
@@ -90,6 +90,7 @@ def read_data(name: str,              # of a set, or a folder
               seed: int,              # of the choice, where there is one
               test: bool = False,     # also the test split
               stream: bool = False,   # leave the training images where they are?
+              recipe: Recipe | None = None,  # that must be able to learn from them
               ) -> dict:              # "train", "val", perhaps "test": (images, labels); classes, name and fingerprint
     "The images of a run as tensors, and what they are"
     from xai_companion.train.tensors import to_tensors
@@ -98,6 +99,8 @@ def read_data(name: str,              # of a set, or a folder
     if test:
         _check_test(name, root)
     sets = _sets(name, root, size, count, test)
+    if recipe:
+        recipe.check_kind(sets["train"].multi_label)
     if stream and ("val" not in sets or count):
         raise ValueError("images that are read batch by batch need a val folder beside train, and are taken all (no --images)")
     found = {part: source if stream and part == "train" else to_tensors(source, size) for part, source in sets.items()}
@@ -252,7 +255,8 @@ def run_train(args) -> int:
     trial = _trial(args, first)
     start = f"{Path(args.weights).name} {model_fingerprint(trial)}" if args.weights else ""
     images = 256 if args.smoke and args.images is None else args.images  # more than classes
-    data = read_data(args.data or first.data, args.root, first.size, images, first.seed, args.test, args.workers is not None)
+    data = read_data(args.data or first.data, args.root, first.size, images, first.seed, args.test, args.workers is not None,
+                     get_recipe(first.recipe)(first))
     config = replace(first, data=data["name"], fingerprint=data["fingerprint"], start=start)
     folder = out / config.name
     if rank == 0:

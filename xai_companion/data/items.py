@@ -163,7 +163,8 @@ class Pairs(ImageSet):
         if image.dim() != 3 or image.shape[0] not in (1, 3):
             raise ValueError(f"{self.name} {index}: an image has 1 or 3 channels, (C, H, W); got {tuple(image.shape)}")
         if isinstance(label, str) or torch.as_tensor(label).numel() != 1:
-            raise ValueError(f"{self.name} {index}: the label must be one class, a whole number; got {label!r:.60}")
+            raise ValueError(f"{self.name} {index}: the label must be one class, a whole number; got {label!r:.60}. Where images show several, "
+                             "make an ImageSet with multi_label=True, whose items have all their classes as labels")
         return Item(str(index), image.expand(3, -1, -1), label)
 
 def check_image_set(data):

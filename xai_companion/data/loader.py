@@ -46,11 +46,12 @@ def as_bytes(image: Tensor,  # float, should lie in [0, 1]
                          "(uint8)")
     return (image.clamp(0, 1) * 255).round().byte()
 
-def _label(item, source):
-    "The class of an item; in a set with several per image, for each of the K whether it is there: 0 or 1"
-    if not source.multi_label:
-        return item.label
-    return torch.zeros(len(source.classes)).long().index_fill(0, torch.tensor(item.labels).long(), 1)
+def _label(labels, source) -> Tensor:
+    "The class of an image; in a set with several per image, for each of the K whether it is there: 0 or 1"
+    if source.multi_label:
+        return torch.zeros(len(source.classes)).long().index_fill(0, torch.tensor(labels).long(), 1)
+    [label] = labels
+    return torch.tensor(label)
 
 def read_items(source: ImageSet,
                index: list[int],   # which images
@@ -67,7 +68,7 @@ def read_items(source: ImageSet,
         if item.image.ndim != 3 or len(item.image) != 3:
             raise ValueError(f"{item.name}: an image must be (3, H, W), got {tuple(item.image.shape)}")
         item = item if item.image.shape[1:] == (size, size) else resized(item, size)
-        images[place], labels[place] = item.image, _label(item, source)
+        images[place], labels[place] = item.image, _label(item.labels if source.multi_label else (item.label,), source)
         names.append(item.name)
     try:
         return as_bytes(images, "a batch"), labels  # all at once: many small steps on several cores wait for each other
@@ -172,8 +173,8 @@ class Streamed:
     @cached_property
     def labels(self) -> Tensor:
         "The labels (N,) or (N, K); a set that keeps no list of them is read once for that"
-        if isinstance(self.source, Indexed) and not self.source.multi_label:
-            return torch.tensor([label for (label,) in self.source.targets], device=self.device)
+        if isinstance(self.source, Indexed):
+            return torch.stack([_label(labels, self.source) for labels in self.source.targets]).to(self.device)
         parts = torch.arange(len(self)).split(250)
         return torch.cat([read_items(self.source, part.tolist(), self.size)[1] for part in parts]).to(self.device)
 

@@ -77,7 +77,7 @@ class RunState:
                  config: Config,
                  model: nn.Module,  # takes images in [0, 1], returns logits (N, K); on its device
                  data: Resident | Streamed,  # the training images
-                 val=None,          # images uint8 (N, C, S, S) and labels (N,), for the evaluation after each epoch
+                 val=None,          # images uint8 (N, C, S, S) and labels as in `data`, for the evaluation after each epoch
                  ):
         self.config, self.model, self.data, self.val = config, model.to(memory_format=torch.channels_last), data, val
         self.device = next(model.parameters()).device
@@ -88,7 +88,7 @@ class RunState:
         self.per_epoch = len(data) // self.batch
         self.part_steps = -(-config.seen // self.batch) if config.seen else config.epochs * self.per_epoch
         self.recipe = get_recipe(config.recipe)(config)
-        self.recipe.check_labels(data.labels)
+        self.recipe.check_kind(data.labels.ndim == 2)
         with seeded(subseed(config.seed, "head")):
             self.recipe.setup(model, len(data))
         self.optimizers = {p: make_optimizer(self.recipe.parameters(model, p), config) for p in self.recipe.parts}
@@ -209,21 +209,31 @@ def compiling(model: nn.Module,  # any model; wrappers are transparent
 
 # %% ../../nbs/43_train.loop.ipynb #c0cf6cd5
 def _class_count(labels, classes, model, size) -> int:
-    "K: of the names, else of the model's output, else of the labels"
+    "K: of the names, of rows of labels, of the model's output, or of the labels"
     if classes:
         return len(classes)
+    if labels.ndim == 2:
+        return labels.shape[1]
     if model is not None:
         return outputs_of(model, size)
-    return labels.shape[1] if labels.ndim == 2 else max(2, int(labels.max()) + 1) if len(labels) else 2
+    return max(2, int(labels.max()) + 1) if len(labels) else 2
+
+def _check_outputs(outputs, count, more, exact):
+    "Raise unless the model has an output for each class, and if `exact` no other"
+    if outputs < count + len(more) or (exact and outputs != count):
+        raise ValueError(f"the model has {outputs} outputs, and the images {count} classes"
+                         + (f", with one more for {', '.join(more)!r}" if more else "") + ": give it a classifier with as many")
 
 def _check_kind(data, what):
     "Raise unless images come as `fit` takes them"
     pair = isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
     if not isinstance(data, ImageSet) and not pair:
         parts = f" of {' and '.join(type(part).__name__ for part in data)}" if isinstance(data, (tuple, list)) and len(data) == 2 else ""
-        raise TypeError(f"the {what} images must be an ImageSet or two tensors, uint8 images (N, C, S, S) and labels (N,), not a "
+        raise TypeError(f"the {what} images must be an ImageSet or two tensors, uint8 images (N, C, S, S) and labels (N,) or, of several "
+                        f"classes per image, 0 and 1 (N, K), not a "
                         f"{type(data).__name__}{parts}: data.items.Pairs(dataset, classes) makes an ImageSet of pairs (image, label)")
 
+# %% ../../nbs/43_train.loop.ipynb #7d3e6c50
 def make_run(config: Config, train, val, model, classes, device, workers=None) -> Run:
     "A run, checked; data, model and classes as `fit` takes them"
     _check_kind(train, "training")
@@ -243,6 +253,9 @@ def make_run(config: Config, train, val, model, classes, device, workers=None) -
     elif isinstance(train, ImageSet):
         train = to_tensors(train, config.size)
     labels = train.labels if streamed else train[1]
+    if val and val[1].ndim != labels.ndim:
+        raise ValueError("the training images show one class each, the validation images several, or the other way round: "
+                         "give both the same kind of labels")
     count = _class_count(labels, classes, model, config.size)
     if not streamed:
         train = check_data(*train, config.size, count)
@@ -252,9 +265,8 @@ def make_run(config: Config, train, val, model, classes, device, workers=None) -
         with seeded(config.seed):
             names = classes and [*classes, *more]
             model = load_model(config.model, None, count + len(more), config.model in SMALL and config.size <= 64, names)
-    elif classes and (outputs := outputs_of(model, config.size)) < count + len(more):
-        raise ValueError(f"the model has {outputs} outputs, and the images {count} classes"
-                         + (f", with one more for {', '.join(more)!r}" if more else "") + ": give it a classifier with as many")
+    elif classes or labels.ndim == 2:
+        _check_outputs(outputs_of(model, config.size), count, more, exact=labels.ndim == 2)
     check_trainable(model, labels, min(config.batch, len(labels)))
     if device.type != "cpu":
         check_fits((0 if streamed else len(labels)) + (len(val[1]) if val else 0), config.size, device)

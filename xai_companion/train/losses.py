@@ -79,13 +79,13 @@ def _check_tensor(tensor, name, shape, dims):
     if tensor.dim() != dims:
         raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
 
-def _check_labels(labels, count, what):
+def _check_labels(labels, count, what, name="labels"):
     "Raise if these are not whole numbers (count,)"
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be a tensor of whole numbers (N,), got {kind}")
+        raise TypeError(f"{name} must be a tensor of whole numbers (N,), got {kind}")
     if labels.shape != (count,):
-        raise ValueError(f"labels must be (N,), one per image: {what} has {count} images, labels are {tuple(labels.shape)}")
+        raise ValueError(f"{name} must be (N,), one per image: {what} has {count} images, {name} are {tuple(labels.shape)}")
 
 def _check_unit(features, name):
     "Raise if these vectors (..., D) are not finite and of length 1"
@@ -256,6 +256,25 @@ def is_right(logits: Tensor,  # (N, K)
     return top == labels if labels.ndim == 1 else labels.gather(1, top[:, None])[:, 0] > 0
 
 # %% ../../nbs/41_train.losses.ipynb #7d3e6c24
+def _rows(logits, labels, explained):
+    "The labels as numbers like the logits, and rows with the explained class alone; what does not fit is an error"
+    if labels.shape != logits.shape or ((labels != 0) & (labels != 1)).any():
+        raise ValueError(f"labels must be 0 and 1 in the shape of logits, {tuple(logits.shape)}, got {tuple(labels.shape)} "
+                         f"with {labels.min()} to {labels.max()}")
+    _check_labels(explained, len(logits), "logits", "explained")
+    if ((explained < 0) | (explained >= logits.shape[1])).any():
+        raise ValueError(f"explained must lie in 0 to {logits.shape[1] - 1}, these go from {explained.min()} to {explained.max()}")
+    labels, explained = labels.to(_wide(logits)), explained.to(logits.device)[:, None].long()
+    alone = torch.zeros_like(labels).scatter(1, explained, 1.0) * labels.any(1, keepdim=True)
+    if (alone > labels).any():
+        raise ValueError("an explained class is none of those that its image shows")
+    return labels, alone
+
+def _mean_bce(logits, targets, counted):
+    "Binary cross-entropy: the mean over what counts of each image, and over the images of which something does"
+    terms, count = F.binary_cross_entropy_with_logits(_wide(logits), targets, reduction="none"), counted.sum(1)
+    return ((terms * counted).sum(1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+
 def edda_loss_of_several(logits: Tensor,       # (N, K): of the whole images
                          keep: Tensor | None,  # the same: of the images that show the salient pixels only; None: no such term
                          drop: Tensor | None,  # the same: of the images that show all the others; None: no such term
@@ -267,19 +286,11 @@ def edda_loss_of_several(logits: Tensor,       # (N, K): of the whole images
                          ) -> Tensor:          # a scalar, float32 (float64 for float64)
     "The loss of EDDA where an image shows several classes: binary cross-entropy, and absence of what is hidden"
     _check_edda(logits, keep, drop, keep_weight, drop_weight, smoothing)
-    if labels.shape != logits.shape or ((labels != 0) & (labels != 1)).any():
-        raise ValueError(f"labels must be 0 and 1 in the shape of logits, {tuple(logits.shape)}, got {tuple(labels.shape)}")
-    _check_labels(explained, len(logits), "logits")
-    explained = explained.to(logits.device)[:, None].long()
-    labels = labels.to(_wide(logits))
-    if (labels.gather(1, explained) == 0).any():
-        raise ValueError("an explained class is none of those that its image shows")
-    alone = torch.zeros_like(labels).scatter(1, explained, 1.0)
-    counted = 1 - (labels - alone)
+    labels, alone = _rows(logits, labels, explained)
+    counted = (1 - labels + alone) * labels.any(1, keepdim=True)
     loss = F.binary_cross_entropy_with_logits(_wide(logits), _soft(labels, smoothing))
     if keep is not None:
-        terms = F.binary_cross_entropy_with_logits(_wide(keep), _soft(alone, smoothing), reduction="none")
-        loss = loss + keep_weight * ((terms * counted).sum(1) / counted.sum(1)).mean()
+        loss = loss + keep_weight * _mean_bce(keep, _soft(alone, smoothing), counted)
     if drop is not None:
-        loss = loss + drop_weight * F.binary_cross_entropy_with_logits(_wide(drop), labels - alone)
+        loss = loss + drop_weight * _mean_bce(drop, labels - alone, torch.ones_like(labels) * labels.any(1, keepdim=True))
     return loss

@@ -47,17 +47,16 @@ class Config:
 
     def __post_init__(self):
         check_config(self)
+        if method := self.options.get("method"):  # whichever way it is written
+            object.__setattr__(self, "options", self.options | {"method": get_explainer(method).name})
 
     @property
     def key(self) -> str:
         "12 hexadecimal digits that stand for this config"
         settings, recipe = {k: v for k, v in asdict(self).items() if k != "seed"}, get_recipe(self.recipe)
-        versions = {"version": recipe.version}
-        if method := recipe.check(self.options).get("method"):
-            explainer = get_explainer(method)
-            if "method" in self.options:  # whichever way it is written
-                settings["options"] = self.options | {"method": explainer.name}
-            versions |= {"explainer": explainer.version} if explainer.version > 1 else {}
+        method = recipe.check(self.options).get("method")
+        explainer = get_explainer(method).version if method else 1
+        versions = {"version": recipe.version} | ({"explainer": explainer} if explainer > 1 else {})
         return record_key(settings | versions, self.seed)
 
     @property
@@ -176,9 +175,9 @@ class Recipe(RecipeCard):
               ):
         "Make what the recipe needs, once per run"
 
-    def check_labels(self, labels: Tensor):  # (N,), or (N, K) of several classes per image
-        "Raise if the recipe cannot learn from such labels"
-        if labels.ndim == 2 and not self.several:
+    def check_kind(self, several: bool):  # do the images show several classes each?
+        "Raise if the recipe cannot learn from such images"
+        if several and not self.several:
             able = ", ".join(sorted(name for name, recipe in RECIPES.items() if recipe.several))
             raise ValueError(f"the recipe {self.name} is for images of one class each, and these show several: {able} take them")
 

@@ -56,7 +56,7 @@ def to_tensors(source: ImageSet,
     read, done = Streamed(source, size, workers=min(8, torch.get_num_threads()) if count >= MANY else 0), 0
     for some, their, _ in progress(read.batches(parts), "reading", len(parts), "batch"):
         images[done:done + len(some)] = some
-        labels.append(their)
+        labels.append(their.clone())  # what a process sends keeps a file open
         done += len(some)
     return images, torch.cat(labels)
 
@@ -79,11 +79,11 @@ def outputs_of(model: nn.Module,
 def _check_labels(labels, count, what):
     "Raise unless each label is one of `count` classes, or each row says of all of them which are there"
     if labels.ndim == 2:
+        if labels.shape[1] == 1:
+            raise ValueError(f"labels of {what} images are (N,) for one class per image: give labels[:, 0]")
         if labels.shape[1] != count or ((labels != 0) & (labels != 1)).any():
             raise ValueError(f"labels of several classes per {what} image are rows of 0 and 1 for {count} classes, got {labels.dtype} "
                              f"{tuple(labels.shape)} with {labels.min()} to {labels.max()}")
-        if (none := labels.sum(1) == 0).any():
-            raise ValueError(f"{what} image {none.nonzero()[0].item()} has no class: leave such images out")
     elif len(wrong := ((labels < 0) | (labels >= count)).nonzero().flatten()):
         i = wrong[0].item()
         raise ValueError(f"label {labels[i].item()} of {what} image {i} is out of range: there are {count} classes, "
@@ -102,8 +102,8 @@ def check_data(images: Tensor,     # should be uint8 (N, C, S, S)
         raise ValueError(f"the {what} images have {images.shape[2]}x{images.shape[3]} pixels, the config says {size}: "
                          "give the size that they have, or a set of items, which are resized")
     if labels.ndim not in (1, 2) or len(labels) != len(images) or labels.is_floating_point():
-        raise ValueError(f"{len(images)} {what} images need as many whole numbers as labels, got {labels.dtype} "
-                         f"{tuple(labels.shape)}")
+        raise ValueError(f"{len(images)} {what} images need as many whole numbers as labels (for several classes per image rows of 0 and 1), "
+                         f"got {labels.dtype} {tuple(labels.shape)}")
     _check_labels(labels, count, what)
     if images.dtype != torch.uint8:
         images = as_bytes(images, f"the {what} images")
