@@ -436,7 +436,7 @@ def test_data_is_checked_and_made_uniform():
     found = tensors.check_data(images.float() / 255, labels.int(), 16, 3)
     assert found[0].dtype == torch.uint8 and found[1].dtype == torch.int64 and torch.equal(found[0], images) and torch.equal(found[1], labels)
     for wrong, words in (((images[..., :12], labels), "16x12 pixels"), ((images[0], labels), "must be .N, C, H, W."),
-                         ((images, labels[:, None]), "as many whole numbers"),
+                         ((images, labels[:, None]), r"give labels\[:, 0\]"), ((images, labels[:5]), "as many whole numbers"),
                          ((images, torch.tensor([0, 1, 2, 0, 3, 1])), "label 3 of training image 4 is out of range: there are 3 classes, 0 to 2")):
         with pytest.raises(ValueError, match=words):
             tensors.check_data(*wrong, 16, 3)

@@ -153,7 +153,7 @@ def test_no_map_is_older_than_allowed(shares, refresh):
         for part in epoch_order(50, 0, epoch)[:48].split(16):
             for rank, recipe in enumerate(recipes):
                 mine = part[rank::shares]
-                maps = recipe.explained(None, Batch(images[mine], labels[mine], mine), Moment(epoch=epoch), None)[1]
+                maps = recipe.explained(None, Batch(images[mine], labels[mine], mine), labels[mine], Moment(epoch=epoch), None)[1]
                 ages += (epoch - maps[:, 0, 0, 0] * 255).round().tolist()
     assert max(ages) == refresh - 1 and min(ages) == 0 and len(ages) == 20 * 48
 
