@@ -16,6 +16,7 @@ import torch
 from helpers import QUIET, command
 from torchvision.datasets import ImageFolder
 from torchvision.utils import save_image
+from writers import write_samples
 
 from xai_companion.compare import by_size, compared, differences, summary
 from xai_companion.data.datasets import load_dataset
@@ -585,6 +586,14 @@ def test_a_folder_of_images(tmp_path, capsys):
     found = pd.read_csv(tmp_path / "out" / "rows.csv")
     assert sorted(found["drop"]) == pytest.approx(sorted(rows["drop"]), abs=1e-4)  # the same images and classes
     assert set(found[found.ebpg.notna()].name) == {first.relative_to(tmp_path / "photos").as_posix()} and others
+
+
+def test_an_imagenet_model_on_imagenet_files(tmp_path):
+    "All thousand classes, of which some have the same name"
+    write_samples(tmp_path)
+    assert evaluated("--model", "efficientnet_lite0", "--data", "imagenet_samples", "--root", tmp_path, "--size", "64", "--metrics", "drop",
+                     "--methods", "saliency", "--n", "2", "--out", tmp_path / "out") == 0
+    assert len(pd.read_csv(tmp_path / "out" / "rows.csv")) == 2
 
 
 def test_classes_are_counted_at_the_size_that_is_evaluated(tmp_path, capsys, monkeypatch):

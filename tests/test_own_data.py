@@ -28,6 +28,10 @@ def test_how_classes_are_matched():
     assert match_classes(["2", "0"], 3) == ([2, 0], "by number") and "by order" in match_classes(["b", "a"], 2)[1]
     assert match_classes(["x", "y"], 3, NAMES, {"x": "2", "y": "Bee"}) == ([2, 1], "by a class map")
     assert match_classes(["x", "\u00b2"], 2)[0] == match_classes(["0", "\u00b2"], 2)[0] == [0, 1]  # a raised two is a name
+    twice = ["crane", "ant", "crane"]  # as ImageNet's
+    assert match_classes(twice, 3, twice) == ([0, 1, 2], "by name")
+    with pytest.raises(ValueError, match=r"'crane' is the name of the outputs \[0, 2\]"):
+        match_classes(twice[:2], 3, twice)
     for classes, names, words in ((["3", "0"], None, "outputs 0 to 2; out of range: '3'"), (["ant", "bee"], ["ant", "Ant", "bee"], "outputs [0, 1]"),
                                   (["a", "b"], None, "3 outputs without names"), (["ant", "ANT"], NAMES, "same class of the model")):
         with pytest.raises(ValueError, match=re.escape(words)):
