@@ -46,12 +46,14 @@ def as_bytes(image: Tensor,  # float, should lie in [0, 1]
                          "(uint8)")
     return (image.clamp(0, 1) * 255).round().byte()
 
-def _label(labels, source) -> Tensor:
-    "The class of an image; in a set with several per image, for each of the K whether it is there: 0 or 1"
-    if source.multi_label:
-        return torch.zeros(len(source.classes)).long().index_fill(0, torch.tensor(labels).long(), 1)
-    [label] = labels
-    return torch.tensor(label)
+def _as_labels(found, source) -> Tensor:
+    "The classes of some images: whole numbers (n,), or in a set with several per image 0 and 1 (n, K)"
+    if not source.multi_label:
+        return torch.tensor([label for (label,) in found], dtype=torch.long)
+    rows = torch.zeros(len(found), len(source.classes), dtype=torch.long)
+    for row, labels in zip(rows, found, strict=True):
+        row[list(labels)] = 1
+    return rows
 
 def read_items(source: ImageSet,
                index: list[int],   # which images
@@ -61,17 +63,17 @@ def read_items(source: ImageSet,
     if hasattr(source, "batch") and source.size == size:  # drawn sets give many at a time
         drawn = source.batch(index)
         return as_bytes(drawn.image, f"a batch of {source.name}"), drawn.label
-    images, names = torch.empty(len(index), 3, size, size), []
-    labels = torch.empty(len(index), *[len(source.classes)] * source.multi_label).long()
+    images, found, names = torch.empty(len(index), 3, size, size), [], []
     for place, i in enumerate(index):
         item = source[i]
         if item.image.ndim != 3 or len(item.image) != 3:
             raise ValueError(f"{item.name}: an image must be (3, H, W), got {tuple(item.image.shape)}")
         item = item if item.image.shape[1:] == (size, size) else resized(item, size)
-        images[place], labels[place] = item.image, _label(item.labels if source.multi_label else (item.label,), source)
+        images[place] = item.image
+        found.append(item.labels if source.multi_label else (item.label,))
         names.append(item.name)
     try:
-        return as_bytes(images, "a batch"), labels  # all at once: many small steps on several cores wait for each other
+        return as_bytes(images, "a batch"), _as_labels(found, source)  # all at once: many small steps on several cores wait for each other
     except ValueError:
         for image, name in zip(images, names, strict=True):
             as_bytes(image, name)  # says which one it is
@@ -174,7 +176,7 @@ class Streamed:
     def labels(self) -> Tensor:
         "The labels (N,) or (N, K); a set that keeps no list of them is read once for that"
         if isinstance(self.source, Indexed):
-            return torch.stack([_label(labels, self.source) for labels in self.source.targets]).to(self.device)
+            return _as_labels(self.source.targets, self.source).to(self.device)
         parts = torch.arange(len(self)).split(250)
         return torch.cat([read_items(self.source, part.tolist(), self.size)[1] for part in parts]).to(self.device)
 
