@@ -16,13 +16,14 @@ from PIL import Image
 from writers import write_tiny
 
 from xai_companion.cli import main
-from xai_companion.commands.explain import attribute_all, labels_of, names_of, read_images, write_explanations
+from xai_companion.commands.explain import explain_files, labels_of, names_of, read_images, write_summary
 from xai_companion.commands.options import check_takes, model_from, names_in, parse_methods, parse_option
 from xai_companion.commands.train import _config, _pair, _written
 from xai_companion.core import rank_and_world
-from xai_companion.data.photos import load_image, photos
-from xai_companion.explain import get_explainer
+from xai_companion.data.photos import load_image, load_images, photos
+from xai_companion.explain import GradCAM, get_explainer
 from xai_companion.explain.contract import assert_untouched, footprint
+from xai_companion.gallery import gallery
 from xai_companion.models import load_model
 from xai_companion.viz import as_picture, overlay
 
@@ -485,32 +486,60 @@ def test_names_of_files_of_several_folders():
 
 
 @pytest.mark.parametrize("target", [None, 4])
-def test_maps_classes_and_probabilities(tmp_path, target):
+def test_maps_classes_and_probabilities(place, tmp_path, target):
     "By batches as all at once; what is written is what was computed"
     model, images = load_model("plain_cnn"), photos(64)
+    for name, image in zip("abcd", images, strict=True):
+        as_picture(image).save(tmp_path / f"{name}.png")
+    paths = [tmp_path / f"{name}.png" for name in "abcd"]
+    images = load_images(paths, 64)
     explainers = {name: get_explainer(name)(model) for name in ("gradcam", "saliency")}
-    maps, classes, scores = attribute_all(explainers, images, target, torch.device("cpu"), batch=3)
+    out = tmp_path / "new"
+    found, unread = explain_files([paths[0], place / "notes.txt", *paths[1:]], explainers, target, 64, torch.device("cpu"), out, batch=3)
+    assert [len(part.files) for part in found] == [2, 2] and len(unread) == 1 and "notes.txt" in str(unread[0])
+    classes, scores = (torch.cat([getattr(part, name) for part in found]) for name in ("classes", "scores"))
+    maps = {name: torch.cat([part.maps[name] for part in found]) for name in explainers}
     probabilities = model(images).softmax(1)
     assert classes.tolist() == (probabilities.argmax(1).tolist() if target is None else [4] * 4)
     assert torch.allclose(scores, probabilities[range(4), classes], atol=1e-5)
     for name, explainer in explainers.items():
         assert torch.allclose(maps[name], explainer.attribute(images, classes), atol=1e-4)
-    files, captions = write_explanations(tmp_path / "new", [*map(Path, "abcd")], images, maps, classes, scores, model.classes)
-    assert [file.name for file in files] == [f"{x}.{name}.png" for name in explainers for x in "abcd"] + ["maps.npz", "index.html"]
-    assert captions == [f"{model.classes[c]}, {p:.1%}" for c, p in zip(classes, scores.tolist(), strict=True)]
-    with np.load(tmp_path / "new" / "maps.npz") as stored:
-        assert stored["names"].tolist() == stored["files"].tolist() == [*"abcd"] and stored["target"].tolist() == classes.tolist()
-        assert stored["probability"].tolist() == scores.tolist()
-        assert all((stored[name] == maps[name].numpy()).all() for name in explainers)
-    picture = np.asarray(Image.open(tmp_path / "new" / "c.saliency.png"))
+    assert sorted(file.name for file in out.iterdir()) == sorted(f"{x}.{name}.png" for name in explainers for x in "abcd")
+    picture = np.asarray(Image.open(out / "c.saliency.png"))
     assert np.abs(picture - overlay(images, maps["saliency"])[2].permute(1, 2, 0).numpy() * 255).max() <= 0.51
-    assert write_explanations(tmp_path, [*map(Path, "abcd")], images, maps, classes, scores, None)[1][0].startswith(f"class {classes[0]}, ")
+    assert write_summary(out, found, None)[0].startswith(f"class {classes[0]}, ")
+    assert write_summary(out, found, model.classes) == [f"{model.classes[c]}, {p:.1%}" for c, p in zip(classes, scores.tolist(), strict=True)]
+    with np.load(out / "maps.npz") as stored:
+        assert stored["names"].tolist() == [*"abcd"] and stored["files"].tolist() == list(map(str, paths))
+        assert stored["target"].tolist() == classes.tolist() and stored["probability"].tolist() == scores.tolist()
+        assert all((stored[name] == maps[name].numpy()).all() for name in explainers)
+    gallery(tmp_path / "whole.html", images, maps, [*"abcd"], write_summary(out, found, model.classes), "Explanations")
+    assert (tmp_path / "whole.html").read_text() == (out / "index.html").read_text()
+
+
+def test_what_was_explained_before_ctrl_c_is_kept(folder, tmp_path, monkeypatch, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    for i in range(10):
+        shutil.copy(folder / "cat.png", pictures / f"{i}.png")
+    compute = GradCAM.compute
+    def second(self, images, target):
+        if len(images) < 8:
+            raise KeyboardInterrupt
+        return compute(self, images, target)
+    monkeypatch.setattr(GradCAM, "compute", second)
+    words = ["explain", str(pictures), "--model", "plain_cnn", "--device", "cpu", "--out", str(out)]
+    assert main(words) == 130 and capsys.readouterr().err == "interrupted: 8 of 10 images are explained\n"
+    assert {file.name for file in out.iterdir()} == {*(f"{i}.gradcam.png" for i in range(8)), "maps.npz", "index.html"}
+    with np.load(out / "maps.npz") as stored:
+        assert stored["gradcam"].shape == (8, 1, 64, 64)
 
 
 def test_the_centre_of_an_image_is_explained(place):
-    good, images, errors = read_images([place / "cat.png", place / "notes.txt", place / "pictures" / "dark" / "0.png"], 32)
-    assert [path.name for path in good] == ["cat.png", "0.png"] and len(errors) == 1 and "notes.txt" in str(errors[0])
-    assert all(torch.equal(image, load_image(path, 32, crop=True)) for path, image in zip(good, images, strict=True))
+    paths = [place / "cat.png", place / "notes.txt", place / "pictures" / "dark" / "0.png"]
+    images, errors = read_images(paths, 32)
+    assert list(images) == [0, 2] and len(errors) == 1 and "notes.txt" in str(errors[0])
+    assert all(torch.equal(image, load_image(paths[i], 32, crop=True)) for i, image in images.items())
 
 
 def test_a_model_of_ones_own_leaves_the_path_of_modules(place, monkeypatch):
