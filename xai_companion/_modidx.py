@@ -138,6 +138,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                 'xai_companion.commands.options.parse_methods': ( 'commands.options.html#parse_methods',
                                                                                                   'xai_companion/commands/options.py'),
                                                 'xai_companion.commands.options.parse_option': ( 'commands.options.html#parse_option',
+                                                                                                 'xai_companion/commands/options.py'),
+                                                'xai_companion.commands.options.source_named': ( 'commands.options.html#source_named',
                                                                                                  'xai_companion/commands/options.py')},
             'xai_companion.commands.train': { 'xai_companion.commands.train._base': ( 'commands.train.html#_base',
                                                                                       'xai_companion/commands/train.py'),

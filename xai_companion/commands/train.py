@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 # %% ../../nbs/67c_commands.train.ipynb #81868e68
-from .options import check_folder, check_numbers, check_takes, check_weights, parse_option
+from .options import check_folder, check_numbers, check_takes, check_weights, parse_option, source_named
 from ..core import pick_device, rank_and_world, seeded, settings
 from ..data.augment import AUGMENTATIONS
 from ..hooks import classifier_of, unwrapped
@@ -30,7 +30,7 @@ def _check_test(name: str, root: str | None):
     "Raise if the set has no test images whose classes are known"
     from xai_companion.data.datasets import DATASETS
     if name == "imagefolder":
-        if not (Path(root or "") / "test").is_dir():
+        if not (Path(root) / "test").is_dir():
             raise FileNotFoundError(f"--test needs the folder {Path(root or '') / 'test'}, with a folder of images per class")
     elif name in DATASETS and "test" not in DATASETS[name].splits:
         here = " and ".join(DATASETS[name].splits)
@@ -67,8 +67,8 @@ def _sets(name, root, size, count, test) -> dict:
     drawn = {"n": count} if count and name == "synthetic" else {}
     parts = {"train": "train"} | ({"test": "test"} if test else {})
     if name == "imagefolder":
-        parts["train"] = "train" if has_classes(Path(root or "") / "train") else "all"
-    if name != "imagefolder" or (parts["train"] == "train" and has_classes(Path(root or "") / "val")):
+        parts["train"] = "train" if has_classes(Path(root) / "train") else "all"
+    if name != "imagefolder" or (parts["train"] == "train" and has_classes(Path(root) / "val")):
         parts["val"] = "val"
     sets = {part: load_dataset(name, split, root=root, size=size, **(drawn if part == "train" else {}))
             for part, split in parts.items()}
@@ -94,8 +94,7 @@ def read_data(name: str,              # of a set, or a folder
               ) -> dict:              # "train", "val", perhaps "test": (images, labels); classes, name and fingerprint
     "The images of a run as tensors, and what they are"
     from xai_companion.train.tensors import to_tensors
-    if Path(name).is_dir():
-        name, root = "imagefolder", name
+    name, root = source_named(name, root)
     if test:
         _check_test(name, root)
     sets = _sets(name, root, size, count, test)
