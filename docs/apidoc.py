@@ -123,12 +123,17 @@ def signature(obj):
     return str(sig.replace(parameters=[p for p in params if p.name not in ("self", "cls")], return_annotation=result))
 
 
+def plain(comment):
+    "A comment whose angle brackets, outside of code, open no element"
+    return re.sub(r"`[^`]*`|<", lambda match: "&lt;" if match[0] == "<" else match[0], comment)
+
+
 def parameter_table(obj):
     "Parameters with types, defaults and the comments that stand beside them in the source"
     table = DocmentTbl(obj)
     comments = docments(obj, args_kwargs=True)  # the comment of **options is lost in the table, or is that of what is returned
     for name, item in table.dm.items():
-        item["docment"] = comments.get(name) or EMPTY
+        item["docment"] = plain(comments[name]) if comments.get(name) else EMPTY
         if item["anno"] in (NoneType, FunctionType, BuiltinFunctionType):  # guessed from the default
             item["anno"] = EMPTY
         elif item["anno"] is not EMPTY:

@@ -36,7 +36,7 @@ GROUPS = {  # sections of the library: first characters of the notebooks' names,
     "Training": ("4", "Training with explanations: augmentations, losses, recipes and the loop."),
     "Tools": ("56789", "Evaluation of explainers over a data set, reports and the command line."),
 }
-FOLDERS = {"papers": "Papers", "guide": "Guide", "tutorials": "Tutorials"}
+FOLDERS = {"tutorials": "Tutorials", "guide": "Guide", "papers": "Papers"}
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
 
@@ -196,11 +196,11 @@ def sidebar(pages, sections):
     "The sidebar, for the end of the front page; papers and tutorials in the order in which the front page links them"
     front = "".join(cell.source for page in pages if page.ref == "index" for cell in page.cells)
     trees = [toctree(["Overview <self>", "All names <genindex>"], "Start")]
-    trees.append(toctree([path.removesuffix(".md") for path in sections], "Library"))
     for folder, caption in FOLDERS.items():
         found = [page for page in pages if page.path.parent == Path(folder)]
         found.sort(key=lambda page: (front.find(page.path.as_posix()) % (len(front) + 1), page.ref))
         trees += [toctree([page.ref for page in found], caption)] * bool(found)
+    trees.append(toctree([path.removesuffix(".md") for path in sections], "Library"))
     return mk_cell("\n\n".join(trees), "markdown")
 
 

@@ -191,10 +191,10 @@ def test_details(three_settings):
     table = claim_details("sise")
     line = table[table.setting == "A (quick)"].iloc[0]
     assert line.verdict == "mixed: 1 for, 1 open, 1 against" and line.n == "16 images"
-    assert line["clearest for"] == "EBPG against far: 5.0 [4.4, 5.6] (+)"
-    assert line["clearest against"] == "Bbox against against: -2.0 [-2.6, -1.4] (-)"
+    assert line["most for"] == "EBPG against far: 5.0 [4.4, 5.6] (+)"
+    assert line["most against"] == "Bbox against against: -2.0 [-2.6, -1.4] (-)"
     assert table[table.setting == "B (quick)"].n.tolist() == ["4 images", "16 batches"]
-    assert table.iloc[2]["clearest for"] == "time, % of RISE: 50.0 [49.4, 50.6] (+)" and table.iloc[2]["clearest against"] == "-"
+    assert table.iloc[2]["most for"] == "time, % of RISE: 50.0 [49.4, 50.6] (+)" and table.iloc[2]["most against"] == "-"
     assert list(table.loc["SISE 3"]) == ["-", "not tested", "-", "-", "-"]
     assert claim_details("excon").n.iloc[0] == "3 seeds"
 
@@ -254,7 +254,6 @@ def test_headlines_come_with_their_records(quick, monkeypatch):
     row = {"row": "ExCon", "metric": "Accuracy"}
     for profile in ("quick", "gpu"):
         monkeypatch.setenv("XAI_COMPANION_PROFILE", profile)
-        monkeypatch.setenv("XAI_COMPANION_COMMAND", f"run {profile}")
         save("excon", "accuracy", [record(row | {"data": "synthetic"}, 60.0, "%", n=500)])
     tiny = row | {"data": "tiny_imagenet", "model": "resnet18"}
     save("excon", "accuracy", [record(tiny, 50.0, "%", n=2000), record(tiny | {"data": "tiny_imagenet_50"}, 70.0, "%", n=1000)])
@@ -265,7 +264,7 @@ def test_headlines_come_with_their_records(quick, monkeypatch):
     assert table[["ExCon", "n", "profile"]].to_numpy().tolist() == [
         ["60", "n=500", "quick"], ["60", "n=500", "gpu"], ["50", "n=2000", "gpu"]]
     for text in (str(table), table._repr_markdown_()):
-        assert text.splitlines()[-1] == "quick: `run quick`; gpu: `run gpu`"
+        assert text.splitlines()[-1] == "; ".join(f"{p}: `xai-companion reproduce excon --profile {p} --record`" for p in ("quick", "gpu"))
     assert set(table.SupCon) == {"-"}
     assert headlines("ada_sise").loc["time (s), A", "n"] == f"n=2, {hardware()}"
     assert not_run().command.to_dict() == {profile: f"`xai-companion reproduce --profile {profile} --record`" for profile in ("cpu", "paper")}
@@ -275,6 +274,13 @@ def test_a_headline_shows_the_newest_version(quick):
     row = {"row": "SISE", "metric": "Drop", "testbed": "A"}
     save("sise", "quality_imagenet", [record(row | version, value, "%", n=8) for version, value in (({}, 1.0), ({"version": 2}, 5.0))])
     assert headlines("sise").SISE.tolist() == ["5"]
+
+
+def test_a_headline_is_over_the_images_that_all_have(quick):
+    rows = {"Grad-CAM": [1.0, 3.0, 8.0, 9.0], "SISE": [2.0, 6.0]}
+    save("sise", "quality_tiny", [record({"row": row, "metric": "EBPG", "testbed": "A"}, values=values, unit="%") for row, values in rows.items()])
+    line = headlines("sise").iloc[0]
+    assert (line["Grad-CAM"].split(" ± ")[0], line.SISE.split(" ± ")[0], line.n) == ("2", "4", "n=2")
 
 
 def test_methods_of_a_headline_have_their_own_n(quick):

@@ -177,7 +177,7 @@ _PAGE = """<!doctype html>
 </div>
 <p id="caption"></p>
 <nav id="thumbs" aria-label="Images"></nav>
-<p class="hint">The left and right arrow keys flip through the images. Each map is stretched from its own lowest to its own highest value.</p>
+<p class="hint">The left and right arrow keys flip through the images. Each map is stretched from its own lowest to its own highest value; a peak of a few pixels is cut.</p>
 <noscript><p>This page needs JavaScript to show its images.</p></noscript>
 </main>
 <script id="data" type="application/json">{data}</script>

@@ -18,7 +18,7 @@ import pandas as pd
 
 from .core import PROFILES
 from .figures import LOOK, subplots
-from .results import TIMES, Table, grid_cell, load, newest, summarize
+from .results import TIMES, Table, grid_cell, load, mean_interval, newest, summarize
 from .verdicts import CLAIMS, MARKS, difference_text, judged, over_settings, stored_comparisons
 
 # %% ../nbs/02b_overview.ipynb #6be81973
@@ -127,7 +127,7 @@ def clarity(r: dict  # a stored comparison
     return inside / half if half else math.copysign(math.inf, inside) if inside else 0.0
 
 def _told(records, side):
-    "The clearest comparison on one side of the claim, as text"
+    "The comparison that lies farthest on one side of the bound, as text"
     found = [r for r in records if (clarity(r) >= 0) == (side == "for")]
     if not found:
         return "-"
@@ -140,7 +140,7 @@ def _told(records, side):
 def claim_details(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
                   links: str | None = None  # folder of the paper pages, seen from the page that shows the table
                   ) -> pd.DataFrame:
-    "A line per claim and setting: the verdict, the clearest comparison for and against the claim, and n"
+    "A line per claim and setting: the verdict, the comparison most for and most against the claim, and n"
     names, lines = [], []
     for claim in CLAIMS[paper]:
         found = _by_setting(paper, claim)
@@ -152,7 +152,7 @@ def claim_details(paper: str,  # sise, ada_sise, integrated_gradcam, edda or exc
         if not found:
             names.append(_name(paper, claim, links))
             lines.append(["-", "not tested", *["-"] * 3])
-    columns = ["setting", "verdict", "clearest for", "clearest against", "n"]
+    columns = ["setting", "verdict", "most for", "most against", "n"]
     return LinkedTable(lines, index=pd.Index(names, name="claim"), columns=columns)
 
 # %% ../nbs/02b_overview.ipynb #39631beb
@@ -249,6 +249,18 @@ HEADLINES = {
 }
 
 # %% ../nbs/02b_overview.ipynb #7d3e6c09
+def _shared(found):
+    "The rows, each over the images that all of them have: the first ones, since the order is the same"
+    lengths = [len(r.get("values", ())) for rows in found.values() for r in rows]
+    if not min(lengths) > 1 or min(lengths) == max(lengths):
+        return found
+
+    def cut(r):
+        values = r["values"][:min(lengths)]
+        mean, *ends = mean_interval(values)
+        return r | {"values": values, "value": mean, "interval": ends, "n": len(values)}
+    return {method: [cut(r) for r in rows] for method, rows in found.items()}
+
 def _counts(rows):
     "What the n of each row counts, and the computer of a time"
     r = rows[0][0]
@@ -264,14 +276,14 @@ def headlines(paper: str  # sise, ada_sise, integrated_gradcam, edda or excon
             own = [rows for rows in newest(records).values() if {"metric": metric}.items() | fixed.items() <= rows[0]["config"].items()]
             found = {method: rows for method in methods for rows in own if rows[0]["config"]["row"] == method}
             if found:
-                r = next(iter(found.values()))[0]
+                found, r = _shared(found), next(iter(found.values()))[0]
                 names.append(f"{metric} ({r['unit']}), {r['config'].get('testbed', where)}")
                 lines.append({method: grid_cell(rows) for method, rows in found.items()} | {"n": _counts(list(found.values())), "profile": profile})
-                commands.setdefault(profile, {})[f"`{r['provenance']['command']}`"] = True
+                commands[profile] = f"`xai-companion reproduce {paper} --profile {profile} --record`"
     columns = [*dict.fromkeys(method for line in HEADLINES[paper] for method in line.methods), "n", "profile"]
     table = LinkedTable([[line.get(c, "-") for c in columns] for line in lines], index=pd.Index(names, name="metric, data"), columns=columns)
     if commands:
-        table.attrs["note"] = "; ".join(f"{profile}: {', '.join(own)}" for profile, own in commands.items())
+        table.attrs["note"] = "; ".join(f"{profile}: {command}" for profile, command in commands.items())
     return table
 
 # %% ../nbs/02b_overview.ipynb #5b1d9e02

@@ -311,7 +311,7 @@ def grid(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
     names = dict(zip(configs, _labels([*configs.values()]), strict=True))
     order = sorted(lines, key=lambda line: ([*configs].index(line[0]), line[1] != "paper"))
     body = pd.DataFrame([lines[line] for line in order]).fillna("")
-    body["n"] = [" to ".join(map(str, sorted({min(c), max(c)}))) if (c := counts.get(line)) else "" for line in order]
+    body.insert(0, "n", [" to ".join(map(str, sorted({min(c), max(c)}))) if (c := counts.get(line)) else "" for line in order])
     return Table(body.to_dict("list"), index=pd.MultiIndex.from_tuples([(names[label], source) for label, source in order]))
 
 # %% ../nbs/02_results.ipynb #5ddef71e

@@ -110,15 +110,18 @@ def check_photos(images: torch.Tensor   # (N, 1 or 3, H, W) in [0, 1]
     return images.clamp(0, 1).expand(-1, 3, -1, -1)
 
 def _unit(maps: torch.Tensor) -> torch.Tensor:
-    "Each map stretched to [0, 1]; a constant map is 0"
+    "Each map stretched to [0, 1], a few pixels far above all others cut; a constant map is 0"
     if not isinstance(maps, torch.Tensor) or maps.ndim != 4 or maps.shape[1] != 1:
         got = tuple(maps.shape) if hasattr(maps, "shape") else type(maps).__name__
         raise ValueError(f"maps must be a tensor (N, 1, H, W); got {got}. Maps (N, H, W) are maps[:, None].")
     maps = maps.detach().float()
     if not maps.isfinite().all():
         raise ValueError("maps hold NaN or infinite values: mend the method rather than draw them")
-    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-    return torch.where(high > low, (maps - low) / (high - low), torch.zeros_like(maps))
+    flat = maps.flatten(1)
+    most = flat.kthvalue(-(-99 * flat.shape[1] // 100), dim=1).values  # a hundredth of the pixels lie above it
+    low, most, high = (value.view(-1, 1, 1, 1) for value in (flat.amin(1), most, flat.amax(1)))
+    high = torch.where(most > low, torch.minimum(high, low + 1.5 * (most - low)), high)
+    return torch.where(high > low, (maps - low) / (high - low), 0.0).clamp(max=1)
 
 # %% ../nbs/01_viz.ipynb #950d57d9
 CMAP = "inferno"
@@ -131,7 +134,7 @@ def color_table(cmap: str         # name of a matplotlib colour map
 def colorize(maps: torch.Tensor,  # maps (N, 1, H, W) in any units
              cmap: str = CMAP     # matplotlib colour map
              ) -> torch.Tensor:   # colours (N, 3, H, W) in [0, 1]
-    "Maps as colours, each stretched from its smallest to its largest value"
+    "Maps as colours, each stretched from its smallest to its largest value; a peak of a few pixels is cut"
     index = (_unit(maps)[:, 0] * 255).round().long()
     return color_table(cmap).to(maps.device)[index].permute(0, 3, 1, 2)
 
@@ -234,7 +237,7 @@ def show_maps(images: torch.Tensor,        # images (N, 1 or 3, H, W) in [0, 1]
         for ax, name in zip(axes[0], ["Image", *map(method_label, maps)], strict=True):
             ax.set_title(_folded(name, tile))
         for ax, title in zip(axes[:, 0], titles, strict=True):
-            ax.set_ylabel(_folded(title, tile))
+            ax.set_ylabel(_folded(title, 0.75 * tile))  # as high as a picture, which is smaller than its tile
         bar = fig.colorbar(ScalarMappable(cmap=options.get("cmap", CMAP)), ax=axes, fraction=0.02, pad=0.02, aspect=30)
         bar.set_ticks([0, 1], labels=["low", "high"])
         bar.outline.set_visible(False)
