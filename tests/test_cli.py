@@ -17,7 +17,7 @@ from writers import write_tiny
 
 from xai_companion.cli import main
 from xai_companion.commands.explain import explain_files, labels_of, names_of, read_images, write_summary
-from xai_companion.commands.options import check_takes, model_from, names_in, parse_methods, parse_option
+from xai_companion.commands.options import check_takes, model_from, names_in, parse_methods, parse_option, source_named
 from xai_companion.commands.train import _config, _pair, _written
 from xai_companion.core import rank_and_world
 from xai_companion.data.photos import load_image, load_images, photos
@@ -165,7 +165,7 @@ MISTAKES = {
         ("--method gradcam,rise --option n_mask=9", "none of gradcam, rise has an option 'n_mask': did you mean 'n_masks'"),
         ("--method gradcam,rise --option zoom=9", "none of gradcam, rise has an option 'zoom': they have cells, chunk,"),
         ("--method gradcam,rise:n_mask=9", "rise cannot be made with n_mask=9"),
-        ("--method sise --option mu=abc", "sise cannot be made with mu='abc'"),
+        ("--method sise --option mu=abc", "at least 0 and below 1; got 'abc'"),
         ("--method sise --option mu=", "an option is NAME=VALUE"),
         ("--out notes.txt/maps", "notes.txt is a file, so there can be no folder notes.txt/maps"),
         ("--weights notes.txt", "notes.txt is damaged or holds no state dict"),
@@ -328,7 +328,7 @@ def test_shared_options_go_to_the_methods_that_have_them():
 
 @pytest.mark.parametrize("words, name", [
     (["--size", 32], "ce-plain_cnn-synthetic-e2e9b3e4edb0"),
-    (["--recipe", "exconb", "--set", "tau=0.25", "--set", "method=sise"], "exconb-plain_cnn-synthetic-506c9317db3a"),
+    (["--recipe", "exconb", "--set", "tau=0.25", "--set", "method=sise"], "exconb-plain_cnn-synthetic-0c9744c27e7a"),
 ])
 def test_a_command_has_the_folder_that_it_had(words, name):
     assert _config(parsed("train", *words)).name == name
@@ -542,6 +542,18 @@ def test_the_centre_of_an_image_is_explained(place):
     assert all(torch.equal(image, load_image(paths[i], 32, crop=True)) for i, image in images.items())
 
 
+def test_a_name_is_a_data_set_and_a_path_a_folder(place, monkeypatch):
+    "A folder in the working directory does not hide the set of its name"
+    monkeypatch.chdir(place)
+    (place / "synthetic").mkdir(exist_ok=True)
+    for data, root, wanted in (("synthetic", None, ("synthetic", None)), ("./synthetic", None, ("imagefolder", "./synthetic")),
+                               ("pictures", "x", ("imagefolder", "pictures")), ("imagefolder", "pictures", ("imagefolder", "pictures"))):
+        assert source_named(data, root) == wanted
+    (place / "synthetic").rmdir()
+    with pytest.raises(FileNotFoundError, match="synthetik is neither a folder .* did you mean 'synthetic'"):
+        source_named("synthetik", None)
+
+
 def test_a_model_of_ones_own_leaves_the_path_of_modules(place, monkeypatch):
     monkeypatch.chdir(place)
     before = list(sys.path)
@@ -579,3 +591,34 @@ def test_what_the_gallery_calls_images(tmp_path):
     assert labels_of([tmp_path / "a" / "x.png", tmp_path / "b" / "y.png"]) == ["x", "y"]
     assert labels_of([tmp_path / "a" / "x.png", tmp_path / "b" / "x.png", tmp_path / "b" / "c" / "y.png"]) == ["a/x.png", "b/x.png", "b/c/y.png"]
     assert labels_of([Path("x.png"), Path("x.jpg")]) == ["x.png", "x.jpg"]
+
+
+def test_nobody_reads_what_is_printed(tmp_path):
+    "As behind `| head -1`"
+    run = subprocess.Popen([COMMAND, "data", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    run.stdout.close()
+    assert b"" == run.stderr.read() and run.wait(60) == 0
+
+
+def test_a_file_that_may_not_be_read(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ValueError, match=r"cat.png may not be read \(Permission denied\): change its permissions"):
+        load_image(folder / "cat.png")
+
+
+def test_layers_one_after_the_other(folder, tmp_path):
+    words = ["explain", str(folder / "cat.png"), "--model", "plain_cnn", "--device", "cpu", "--method", "layercam"]
+    names = [name for name, module in load_model("plain_cnn").network.named_modules() if isinstance(module, torch.nn.Conv2d)][-2:]
+    found = []
+    for number, layers in enumerate((["--layer", names[0], "--layer", names[1]], ["--layer", ",".join(names)], ["--layer", names[1]])):
+        assert main([*words, *layers, "--out", str(tmp_path / str(number))]) == 0
+        with np.load(tmp_path / str(number) / "maps.npz") as stored:
+            found.append(stored["layercam"])
+    assert (found[0] == found[1]).all() and not np.allclose(found[0], found[2])
+
+
+def test_a_seed_that_nothing_can_take(capsys):
+    assert main(["train", "--images", "64", "--size", "32", "--epochs", "1", "--seed", str(2**63)]) == 2
+    assert "below 2**63" in capsys.readouterr().err

@@ -13,11 +13,13 @@ import torch
 from helpers import QUIET, command, parsed, same
 from writers import write_voc
 
+from xai_companion.commands.train import OPTIONS, _config
 from xai_companion.data.datasets import load_dataset
 from xai_companion.data.items import ImageSet, Item
 from xai_companion.data.scenes import VOC_CLASSES
 from xai_companion.models import load_model
 from xai_companion.train import (
+    loop,
     read_checkpoint,
     tensors,
 )
@@ -402,3 +404,17 @@ def test_a_command_is_written_so_that_it_reads_the_same(words, written):
     args = parsed("train", *words)
     assert _written(args, _config(args)) == f"xai-companion train {written}"
     assert _config(parsed("train", *shlex.split(_written(args, _config(args)))[2:])) == _config(args)
+
+
+def test_every_option_takes_what_its_field_takes():
+    values = {"model": "plain_cnn", "pad": 3, "seen": 100, "smoothing": 0.1, "warmup": 0.25, "weight_decay": 1e-4, "lr": 0.3, "size": 32,
+              "epochs": 2, "batch": 8, "seed": 4, "recipe": "edda", "optimizer": "adamw", "dtype": "bfloat16", "augmentation": "crop"}
+    assert set(values) == set(OPTIONS)
+    config = _config(parsed("train", *(word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value))))
+    assert {name: getattr(config, name) for name in values} == values
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(loop, "loss_and_accuracy", lambda *arguments, **options: (float("nan"), 0.5))
+    assert run("--images", 64, "--size", 32, "--epochs", 1, "--out", tmp_path) == 2
+    assert "the validation loss is not finite after step" in capsys.readouterr().err

@@ -29,6 +29,7 @@ from xai_companion.evaluate import (
     default_score,
     describe,
     evaluate,
+    is_finished,
     load_units,
     model_fingerprint,
     seeded_order,
@@ -521,6 +522,18 @@ def test_images_of_different_sizes_need_a_size(network):
 def test_two_models_are_not_compared(network):
     with pytest.raises(ValueError, match="2 models"):
         evaluate({"a": GradCAM(network), "b": GradCAM(trap_network(1))}, Street(), ("drop",))
+
+
+def test_the_device_is_where_the_model_goes(network):
+    "As `audit` has it; without one the model stays where it is"
+    for device in (None, "cpu", "auto"):
+        assert len(evaluate({"cam": GradCAM(network)}, Street(), ("drop",), n=1, device=device))
+    with pytest.raises(RuntimeError, match="'cuda:99' cannot be used here"):
+        evaluate({"cam": GradCAM(network)}, Street(), ("drop",), device="cuda:99")
+
+
+def test_nothing_is_finished_without_a_folder(network):
+    assert not is_finished({"cam": GradCAM(network)}, Street(), ("drop",))
 
 
 def test_several_processes_need_a_folder(network, monkeypatch):

@@ -1,5 +1,6 @@
 """The contract on every registered explainer, whatever registers it."""
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -449,8 +450,56 @@ def test_sums_of_two_paths_are_no_bias():
     torch.testing.assert_close(total, logit)
 
 
+@pytest.mark.parametrize("name", ["sise", "ada_sise"])
+@pytest.mark.parametrize("times", [1, 4, 10])
+def test_a_network_that_is_sure_is_explained(name, times):
+    "Where the probability is 1 in float32, alpha still has its digits: the maps are those of float64, and none is empty"
+    model, images = load_model("plain_cnn"), creatures(range(40), split="val").image
+    with torch.no_grad():
+        first, second = model(images).topk(2, 1).values.T
+    images = images[(first - second).topk(2).indices]
+    sure = torch.nn.Sequential(model, Times(times)).eval()
+    found = EXPLAINERS[name](sure).attribute(images)
+    exact = EXPLAINERS[name](sure.double()).attribute(images.double())
+    assert correlation(found, exact).min() > 0.999 and (found.amax((1, 2, 3)) > 0).all()
+
+
+def test_threads_take_turns():
+    "The mode of the model is shared: the maps are those of one thread, and the mode is as before"
+    model, images = load_model("plain_cnn").train(), creatures(range(4), split="val").image
+    next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
+    modes, explainers = [m.training for m in model.modules()], [EXPLAINERS[name](model) for name in ("gradcam", "sise", "rise", "smoothgrad")]
+    explainers[2].n_masks = 10
+    alone = [explainer.attribute(images, 3) for explainer in explainers]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            together = list(pool.map(lambda explainer: explainer.attribute(images, 3), explainers))
+            assert all(map(torch.equal, together, alone))
+    assert [m.training for m in model.modules()] == modes
+
+
+@pytest.mark.parametrize("name", ["sise", "rise", "scorecam"])
+def test_a_softmax_at_the_end_is_noticed(name):
+    model = torch.nn.Sequential(trap_network(0), torch.nn.Softmax(1)).eval()
+    with pytest.warns(UserWarning, match="seems to return probabilities.*put a logarithm behind it"):
+        explain(model, trap_images(1), name, **CHEAP.get(name, {}))
+    plain = explain(model[0], trap_images(1), name, **CHEAP.get(name, {}))
+    class Log(torch.nn.Module):
+        def forward(self, p):
+            return p.log()
+    with_logarithm = explain(torch.nn.Sequential(*model, Log()), trap_images(1), name, **CHEAP.get(name, {}))
+    torch.testing.assert_close(with_logarithm, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_deeplift_under_autocast():
+    model, images = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3)), torch.rand(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = explain(model, images, "deeplift", 1)
+    assert torch.equal(found, explain(model, images, "deeplift", 1))
+
+
 def test_a_very_unlikely_class_is_explained():
-    "The probability underflows float32, its logarithm does not"
+    "The probability underflows float32, its log-odds do not"
     model, images = load_model(), photos(64)[:1]
     sharp = torch.nn.Sequential(model, Times(40)).eval()
     with torch.no_grad():
@@ -680,6 +729,22 @@ def test_targets_of_gradcam():
                                           ("Integrated Grad-CAM", "integrated_gradcam"), ("score-cam", "scorecam")])
 def test_methods_as_papers_write_them(name, method):
     assert get_explainer(name) is EXPLAINERS[method]
+
+
+def test_classes_and_their_names_are_methods():
+    model, images = trap_network(0), trap_images(1)
+    for cls in EXPLAINERS.values():
+        assert get_explainer(cls.__name__) is get_explainer(cls) is cls
+    assert get_explainer("Extremal Perturbation") is EXPLAINERS["extremal"] and get_explainer("Shapley sampling") is EXPLAINERS["shapley"]
+    assert torch.equal(explain(model, images, GradCAM, 1), explain(model, images, "gradcam", 1))
+
+
+@pytest.mark.parametrize("value, words", [(torch.inf, "NaN or infinite"), (torch.nan, "NaN or infinite"), (1.0005, r"\[.*, 1.0005\]: divide by 255")])
+def test_images_out_of_range_are_told_how_far(value, words):
+    images = trap_images(1)
+    images[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=words):
+        explain(trap_network(0), images, "gradcam", 1)
 
 
 def test_an_exact_name_goes_first():

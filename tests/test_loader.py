@@ -12,12 +12,14 @@ from writers import write_voc
 
 from xai_companion.data import loader
 from xai_companion.data.augment import augmented
+from xai_companion.data.corruptions import CorruptedSet
 from xai_companion.data.datasets import load_dataset
 from xai_companion.data.items import ImageSet, Item, resized
 from xai_companion.data.loader import Resident, Streamed, epoch_order, read_items, subseed
 from xai_companion.data.readers import ImageFolder
 from xai_companion.data.synthetic import Synthetic, creatures
 from xai_companion.explain.contract import generators
+from xai_companion.own_data import Located
 from xai_companion.train import tensors
 
 
@@ -190,6 +192,30 @@ def test_classes_that_a_reader_knows_are_not_read(tmp_path, monkeypatch):
     _, expected = read_items(source, range(4), 8)
     monkeypatch.setattr(type(source), "read", None)
     assert torch.equal(Streamed(source, 8).labels, expected) and expected.sum(1).tolist() == [2, 1, 2, 1]
+
+
+def test_classes_that_a_wrapped_reader_knows_are_not_read(folder, tmp_path, monkeypatch):
+    source = ImageFolder(folder)
+    wrapped = Located(source), CorruptedSet(source, "brightness", 1, size=32, root=tmp_path)
+    labels = Resident(*tensors.to_tensors(source, 32)).labels
+    monkeypatch.setattr(ImageFolder, "read", None)
+    monkeypatch.setattr(Synthetic, "batch", None)
+    assert all(torch.equal(Streamed(data, 32).labels, labels) for data in wrapped)
+    assert torch.equal(Streamed(Synthetic("val", n=40), 64).labels, creatures(range(40), split="val").label)
+
+
+def test_a_set_that_keeps_no_list_is_read_for_its_classes():
+    class Own(ImageSet):
+        name, classes, batch, size = "own", ["a", "b"], 8, 32  # whatever it means by a batch
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return Item(str(index), torch.zeros(3, 32, 32), index % 2)
+
+    assert Own().targets == [(0,), (1,), (0,)] and Streamed(Own(), 32).labels.tolist() == [0, 1, 0]
+    assert read_items(Own(), [1, 2], 32)[1].tolist() == [1, 0]
 
 
 def test_several_classes_per_image():

@@ -242,3 +242,10 @@ def test_blur_by_hand():
     line = line / line.sum()
     torch.testing.assert_close(hidden(image, "blur")[0, 0], line[:, None] * line)
     assert hidden(torch.full((1, 3, 4, 9), 0.5), "blur").sub(0.5).abs().max() < 1e-6
+
+
+def test_without_a_target_it_is_the_predicted_class():
+    model, images, masks = load_model("plain_cnn"), photos(64), torch.rand(8, 1, 5, 5)
+    index = torch.arange(8) % 4
+    found = masked_scores(model, images, masks, index, None)
+    assert torch.equal(found, masked_scores(model, images, masks, index, model(images).argmax(1)))

@@ -41,6 +41,7 @@ from xai_companion.metrics import (
     win_rate,
 )
 from xai_companion.metrics.faithfulness import ranks
+from xai_companion.metrics.sanity import correlation, correlations
 from xai_companion.models import Normalized
 
 LOCALIZATION = {"ebpg": ebpg, "miou": miou, "bbox": bbox_score, "pointing": pointing_game}
@@ -572,6 +573,14 @@ class TestSanity:
         infidelity(model, images, maps, samples=5)
         sensitivity(GradCAM(model, "3"), images, samples=2)
         assert_untouched(before, footprint(model, images), "after infidelity and sensitivity")
+
+    def test_correlations_of_all_with_all(self):
+        "Those of `correlation` and of NumPy, pair by pair; 0 for a constant map"
+        maps = torch.cat([rand(5, 1, 6, 7), torch.ones(1, 1, 6, 7)])
+        found, flat = correlations(maps), maps.flatten(1).double().numpy()
+        for i in range(6):
+            assert torch.allclose(found[i], correlation(maps[i].expand_as(maps), maps), atol=1e-12)
+        assert np.allclose(found[:5, :5], np.corrcoef(flat[:5])) and (found[5] == 0).all()
 
     def test_sanity_needs_samples(self, model, images, maps):
         with pytest.raises(ValueError, match="samples must be a whole number"):

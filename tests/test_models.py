@@ -1,5 +1,6 @@
 """Weights from files and caches, the layer rule on every network by name, and the embedded classifier on real photographs."""
 import csv
+import math
 from argparse import Namespace
 from collections import OrderedDict
 
@@ -206,9 +207,32 @@ def test_checkpoints_that_are_not_read_say_why(tmp_path):
     assert len(str(error.value)) < 700
 
 
+def test_top_classes_of_a_single_logit():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 1))
+    images = torch.rand(2, 3, 2, 2)
+    for [(name, probability)], logit in zip(top_classes(model, images), model(images).tolist(), strict=True):
+        assert name == "0" and probability == pytest.approx(1 / (1 + math.exp(-logit[0])), rel=1e-5)
+
+
+@pytest.mark.parametrize("mean, std, words", [
+    ((123, 117, 104), (58, 57, 57), "divide grey levels by 255"), ((0.5, 0.5, 0.5), (0, 1, 1), "std is above 0"), ((math.nan,) * 3, (1, 1, 1), "mean lies in")])
+def test_normalisations_that_make_no_sense(mean, std, words):
+    with pytest.raises(ValueError, match=words):
+        Normalized(nn.Conv2d(3, 1, 1), mean, std)
+
+
+def test_images_are_not_normalised_twice():
+    with pytest.raises(ValueError, match="normalises its images already"):
+        Normalized(load_model("plain_cnn"), (0.5,) * 3, (0.5,) * 3)
+
+
 def test_a_class_with_a_namesake_in_capitals():
     names = imagenet_classes()
-    assert [find_class(name, names) for name in ("Cardigan", "cardigan", "CARDIGAN")] == [264, 474, 264]
+    assert [find_class(name, names) for name in ("Cardigan", "cardigan")] == [264, 474]
+    for name, some in (("CARDIGAN", names), ("crane", ["crane", "cat", "crane"])):
+        with pytest.raises(ValueError, match=f"2 classes are called '{name}': give the index of one, such as"):
+            find_class(name, some)
+    assert find_class(1, ["2", "1", "0"]) == 1 and find_class("1", ["1", "0"]) == 0
     assert [find_class(number, names) for number in (7, "7", "-1")] == [7, 7, -1]
     for nonsense in ("--5", "\u00b2"):
         with pytest.raises(ValueError, match="no class is called"):

@@ -197,3 +197,9 @@ def test_the_fingerprint_of_masks_does_not_depend_on_the_order_of_the_files(plac
     backwards = Located(data, masks="masks").fingerprint
     monkeypatch.setattr(Path, "rglob", lambda self, pattern: sorted(found(self, pattern)))
     assert first == backwards == Located(data, masks="masks").fingerprint
+
+
+def test_a_table_without_boxes(tmp_path):
+    (tmp_path / "boxes.csv").write_text("file,x0,y0,x1,y1\n")
+    with pytest.raises(ValueError, match="has no boxes: each line is file,x0,y0,x1,y1"):
+        read_boxes(tmp_path / "boxes.csv")

@@ -23,6 +23,7 @@ from xai_companion.train.loop import learning_rate, make_run
 from xai_companion.train.losses import collapsed_value, supcon_loss
 from xai_companion.train.processes import average_gradients
 from xai_companion.train.published import PUBLISHED
+from xai_companion.train.recipes import Views
 
 NAMES = ("ce cutout random_occlusion edda edda_random_class supcon supcon_clean_view excon exconb excon_random_mask "
          "excon_random_class excon_accept_all").split()
@@ -319,6 +320,27 @@ def test_a_further_class_for_what_shows_nothing():
         fit(replace(settings, model="own"), toy(), model=net())
 
 
+def test_smoothing_leaves_the_further_class_out_before_the_start_as_after_it():
+    options, logits, labels = {"drop_target": "extra", "start": 0.5}, torch.tensor([[5.0, 0, 0, -20]]), torch.tensor([0])
+    recipe = get_recipe("edda")(Config(recipe="edda", size=16, smoothing=0.1, options=options))
+    early, late = (Moment("all", 0, progress) for progress in (0.2, 0.5))  # at 0.5 the other terms weigh nothing yet
+    losses = [recipe.loss(lambda images: logits.repeat(len(images), 1), Views(torch.zeros(count, 3, 16, 16), labels), moment)[0]
+              for count, moment in ((1, early), (3, late))]
+    target = torch.tensor([0.9 + 0.1 / 3, 0.1 / 3, 0.1 / 3, 0])
+    assert losses[0].item() == pytest.approx(-(target * logits.log_softmax(1)).sum().item()) == pytest.approx(losses[1].item())
+
+
+def test_excon_with_a_method_that_has_no_signed_maps():
+    "Its own default asks for signed maps where there are some"
+    model = net()
+    for method, options in (("gradcam", {"signed": True}), ("sise", {}), ("rise", {})):
+        recipe = get_recipe("excon")(Config(recipe="excon", size=16, options={"method": method, "fill": "black"}))
+        assert recipe.option["explainer"] == options
+        recipe.setup(model, 8)
+    with pytest.raises(ValueError, match="'sise' has no ReLU to leave out"):
+        Config(recipe="excon", options={"method": "sise", "explainer": {"signed": True}})
+
+
 @pytest.mark.parametrize("staged", [False, True])
 def test_parts_learn_apart(staged):
     run = fit(replace(config("supcon", options={"staged": staged}), epochs=2), toy(), toy(12, seed=1), model=net())
@@ -438,15 +460,25 @@ PLAIN = {"views": "none", "classifier_views": "none"}
 ALIKE = {"ce": {}, "supcon": PLAIN, "exconb": PLAIN | {"start": 0.25}, "edda": {"start": 0.25, "refresh": 2}}  # nothing is drawn
 
 
-def trained(name, seed=0, **where):
-    "The weights after four epochs of three steps. Batch norm stands still here, because its statistics are those of a process"
+def trained_run(name, seed=0, **where):
+    "Four epochs of three steps. Batch norm stands still here, because its statistics are those of a process"
     model = net(seed=seed)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
             module.train = lambda mode=True, module=module: module
     settings = config(name, options=ALIKE[name], pad=0, flip=False, epochs=4)
-    return fit(settings, toy(50), toy(12, seed=1), model=model, **where).model.state_dict()
+    return fit(settings, toy(50), toy(12, seed=1), model=model, **where)
+
+
+def trained(*words, **where):
+    "The weights after that"
+    return trained_run(*words, **where).model.state_dict()
+
+
+def logged(name):
+    "What the log says after that"
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in trained_run(name).log]
 
 
 def unequal_gradients(rank):
@@ -476,6 +508,7 @@ def one_of_two(rank, folder):
     found["continued"] = trained("edda", seed=7, folder=folder / "run")
     found["unlike"] = trained("ce", seed=rank)
     found["gradients"] = unequal_gradients(rank)
+    found["logs"] = {name: logged(name) for name in ("ce", "edda")}
     trained("ce", folder=folder / "seen")
     with pytest.raises(RuntimeError, match="the number of finished steps is 0 to"):
         trained("ce", folder=folder / ("seen" if rank == 0 else "not seen"))
@@ -496,6 +529,15 @@ def test_two_processes_take_the_steps_of_one(two_processes, name):
         torch.testing.assert_close(value, two_processes[0][name][key], atol=2e-5, rtol=1e-4)
         assert torch.equal(two_processes[0][name][key], two_processes[1][name][key])
     assert any(not torch.equal(v, net().state_dict()[k]) for k, v in one.items())
+
+
+@pytest.mark.parametrize("name", ["ce", "edda"])
+def test_the_log_of_two_processes_is_that_of_one(two_processes, name):
+    "Loss, accuracy and notes are over the images of both"
+    rows = logged(name)
+    for found in two_processes:
+        assert len(found["logs"][name]) == len(rows)
+        assert all(row == pytest.approx(own, abs=1e-4) for row, own in zip(found["logs"][name], rows, strict=True))
 
 
 def test_two_processes_begin_with_the_network_of_the_first(two_processes):

@@ -259,3 +259,9 @@ def test_bad_steps(model, images):
     for options, words in (({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"), ({"step_size": 3}, "step_size"), ({"step_size": -0.1}, "step_size")):
         with pytest.raises(ValueError, match=words):
             pgd(model, images, LABELS, EPS, **options)
+
+
+@pytest.mark.parametrize("attack", [fgsm, pgd])
+def test_an_attack_needs_the_true_classes(attack):
+    with pytest.raises(ValueError, match="labels are needed, the true class of each image"):
+        attack(load_model("plain_cnn"), torch.rand(1, 3, 64, 64), None, 4 / 255)

@@ -238,7 +238,8 @@ def test_fingerprint_names_what_decides():
 
 def test_bad_input_of_the_set():
     images = Synthetic("val", n=5)
-    for index in (5, -1, 1000):
+    assert torch.equal(images[-1].image, images[4].image) and images[-1].name == images[4].name
+    for index in (5, -6, 1000):
         with pytest.raises(IndexError, match="0 to 4"):
             images[index]
     with pytest.raises(ValueError, match="0 to 4"):

@@ -193,6 +193,15 @@ def test_the_curves_of_two_parts():
     assert loss.get_legend() is not None and all(float(tick).is_integer() for tick in loss.get_xticks())
 
 
+def test_a_stage_that_was_compiled_before_stays_compiled():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Conv2d(4, 4, 3)), nn.Flatten(), nn.Linear(4, 2))
+    model[1].compile()
+    before = model[1]._compiled_call_impl
+    with loop.compiling(model):
+        assert all(model[i]._compiled_call_impl not in (None, before) for i in (0, 1))
+    assert model[0]._compiled_call_impl is None and model[1]._compiled_call_impl is before
+
+
 # ------------------------------------------------------------------ bad input
 
 
@@ -307,7 +316,7 @@ def test_a_batch_of_one_without_batch_norm_is_fine():
 @pytest.mark.parametrize("wrong", [dict(recipe="nothing"), dict(epochs=0), dict(epochs=1.5), dict(batch=0), dict(lr=0.0), dict(lr=-1.0),
                                    dict(lr=math.nan), dict(warmup=1.5), dict(smoothing=-0.1), dict(optimizer="adam"),
                                    dict(dtype="half"), dict(pad=17), dict(seen=0), dict(weight_decay=-1.0),
-                                   dict(lr="0.1"), dict(pad=1.5), dict(seed=1.5), dict(flip="no")])
+                                   dict(lr="0.1"), dict(pad=1.5), dict(seed=1.5), dict(seed=-1), dict(seed=True), dict(flip="no")])
 def test_bad_config(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(BASE, **wrong)

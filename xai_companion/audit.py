@@ -16,11 +16,12 @@ from torch import Tensor, nn
 # %% ../nbs/60_audit.ipynb #8350f4ba
 from . import findings as find
 from .audit_page import Found, Shown, audit_page
-from .core import check_counts, pick_device, progress
+from .core import check_counts, progress
 from .data.items import ImageSet, check_image_set
 from .evaluate import Units, describe, explain_units, load_units, model_fingerprint, seeded_order
 from .explain import Explainer, get_explainer
 from .hooks import evaluating
+from .models import placed
 from .own_data import match_classes
 from .records import commit, hardware, running_command, versions
 from .report import check_place, write_page
@@ -134,9 +135,7 @@ def make_setting(model, data, explainer, n, seed, size, class_map, device) -> tu
         raise ValueError(f"the images have one class, {', '.join(data.classes) or 'none'}: an audit compares classes, "
                          "give a folder with two or more of them")
     order = seeded_order(len(data), n, seed)
-    if device is not None:
-        model.to(pick_device(device))
-    place = next(model.parameters(), torch.zeros(())).device
+    place = placed(model, device)
     explainer = get_explainer(explainer)(model) if isinstance(explainer, str) else explainer
     if explainer.model is not model:
         raise ValueError("the explainer explains another model than the one that is audited: make it from this model")

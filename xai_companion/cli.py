@@ -101,6 +101,9 @@ def main(argv: list[str] | None = None  # arguments; default: those of the proce
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # nobody reads what is printed, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         if "--debug" in words:
             raise

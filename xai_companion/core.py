@@ -160,9 +160,9 @@ def check_counts(**counts):
 
 # %% ../nbs/00_core.ipynb #7d3e5c54
 def check_seed(seed) -> int:
-    "The seed, if it is a whole number of at least 0"
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}")
+    "The seed, if it is a whole number of at least 0 that PyTorch can take"
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number of at least 0 and below 2**63, got {seed!r}")
     return int(seed)
 
 def did_you_mean(name: str,  # that does not exist
@@ -205,6 +205,8 @@ def replacing(file: Path  # to be written, or replaced; its folder is made
             os.fsync(out.fileno())
         os.replace(part, file)
     except OSError as error:
+        if error.filename not in (None, str(part), part):
+            raise
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         part.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/50_evaluate.ipynb #7137e120
 from . import __version__
-from .core import check_counts, pick_device, progress, rank_and_world
+from .core import check_counts, check_seed, pick_device, progress, rank_and_world
 from .data.items import ImageSet, check_image_set, resized
 from .explain import Explainer
 from .hooks import evaluating, find_layers, plain_module
@@ -32,6 +32,7 @@ from .ledger import Ledger, writing
 from .metrics import METRICS, bbox_score, deletion_auc, ebpg, insertion_auc, miou, pointing_game
 from .metrics.faithfulness import confidence_pair, drop, increase, soft_confidence_pair
 from .own_data import match_classes
+from .models import placed
 from .scores import check_logits, check_score, class_scores, warn_of_probabilities
 
 # %% ../nbs/50_evaluate.ipynb #b7f87ecf
@@ -86,11 +87,10 @@ def seeded_order(count: int,  # images in the set
                  seed: int = 0,
                  ) -> list[int]:
     "The first `n` indices of one random order"
-    if n is not None and n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    check_counts(n=1 if n is None else n)
     if count < 1:
         raise ValueError("the data set is empty")
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:n].tolist()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(check_seed(seed)))[:n].tolist()
 
 @dataclass
 class Units:
@@ -137,10 +137,11 @@ _PAIRS = {"drop": (confidence_pair, drop), "increase": (confidence_pair, increas
 
 def _check_options(metrics, options):
     "Raise at an option that no metric has"
+    known = [*_SHARED, *(name for name, of in _OWN.items() if set(of) & set(metrics))]
     for name in options:
-        if name not in _SHARED and not set(_OWN.get(name, ())) & set(metrics):
-            of = f"it belongs to {' and '.join(_OWN[name])}" if name in _OWN else f"there are {', '.join((*_SHARED, *(k for k, of in _OWN.items() if set(of) & set(metrics))))}"
-            raise ValueError(f"none of these metrics has an option {name!r}: {of}")
+        if name not in known:
+            hint = f"it belongs to {' and '.join(_OWN[name])}" if name in _OWN else f"there are {', '.join(known)}"
+            raise ValueError(f"none of these metrics has an option {name!r}: {hint}")
 
 def measure(metrics,        # names in `METRICS`
             model: nn.Module,
@@ -153,12 +154,12 @@ def measure(metrics,        # names in `METRICS`
     "Every metric of some maps"
     found, pairs = {}, {}
     known = torch.tensor([mask is not None for mask in masks])
+    places = torch.stack([mask for mask in masks if mask is not None]).to(maps.device) if known.any() else None
     for name in metrics:
         own = {k: v for k, v in options.items() if k in _SHARED or name in _OWN.get(k, ())}
         if name in _PLACES:
             values = torch.full((len(maps),), torch.nan)
-            if known.any():
-                places = torch.stack([mask for mask in masks if mask is not None]).to(maps.device)
+            if places is not None:
                 values[known] = _PLACES[name](maps[known.to(maps.device)], places).cpu()
         elif name in _CURVES:
             values = _CURVES[name](model, images, maps, target, **own)
@@ -220,12 +221,12 @@ def _config(explainer, model_key, data, metrics, settings):
     return {"explainer": describe(explainer), "model": model_key, "data": data.fingerprint, "metrics": sorted(metrics),
             "package": __version__, **{k: _plain(v) for k, v in settings.items() if k != "chunk"}}
 
-def _work(explainers, data, metrics, n=None, seed=0, size=None, batch=8, device="cpu", score=None, **options):
+def _work(explainers, data, metrics, n=None, seed=0, size=None, batch=8, device=None, score=None, **options):
     "The order of the images, the batches, and for each explainer everything that determines its rows"
     order, model = seeded_order(len(data), n, seed), _only_model(explainers, metrics)
     key = f"{model_fingerprint(model)} {_structure(model)}"
     batches = [range(start, min(start + batch, len(order))) for start in range(0, len(order), batch)]
-    settings = {"seed": seed, "size": size, "batch": batch, "device": pick_device(device).type,
+    settings = {"seed": seed, "size": size, "batch": batch, "device": (placed(model, None) if device is None else pick_device(device)).type,
                 "score": score or default_score(data), **options}
     return order, batches, {label: _config(e, key, data, metrics, settings) for label, e in explainers.items()}
 
@@ -250,7 +251,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
              batch: int = 8,        # images at a time
              budget: float | None = None,  # seconds per explainer; one that needs more stops after a batch
              folder: Path | str | None = None,  # where finished batches are kept; default: nowhere
-             device: str = "cpu",
+             device: str | None = None,  # moves the model to "cpu", "cuda" or "auto"; default: it stays where it is
              score: str | None = None,  # what a class score is: "softmax", "sigmoid" or "logit"; default: see `default_score`
              **options,             # further options of the metrics that ask the model: fill, chunk, dtype, steps, top, ties
              ) -> pd.DataFrame:     # a row per explainer, image and class; a column per metric
@@ -258,7 +259,7 @@ def evaluate(explainers: dict,      # explainer by the name that it has in the t
     check_image_set(data)
     model = _only_model(explainers, metrics)
     _check_options(metrics, options)
-    dtype, device = next(model.parameters(), torch.empty(0)).dtype, str(pick_device(device))
+    device, dtype = str(placed(model, device)), next(model.parameters(), torch.empty(0)).dtype
     check_counts(batch=batch)
     if budget is not None and not budget > 0:
         raise ValueError(f"budget must be above 0 seconds, got {budget}")
@@ -336,11 +337,11 @@ def is_finished(explainers: dict,   # as `evaluate` takes them
                 data: ImageSet,
                 metrics: tuple,
                 *,
-                folder: Path | str,  # where finished batches are kept
+                folder: Path | str | None = None,  # where finished batches are kept
                 budget: float | None = None,  # seconds per explainer
                 **options,          # the other arguments of `evaluate`
                 ) -> bool:
     "Would `evaluate` with these arguments only read what is there?"
     _, batches, configs = _work(explainers, data, metrics, **options)
-    ledgers = [Ledger(Path(folder), config) for config in configs.values()]
+    ledgers = [Ledger(folder and Path(folder), config) for config in configs.values()]
     return not any(_is_left(ledger, positions, budget) for ledger in ledgers for positions in batches)

@@ -28,7 +28,7 @@ from .explain import EXPLAINERS, get_explainer
 from .hooks import classifier_of, entering, evaluating
 from .metrics import CURVES, LOCALIZATION, MASKED, METRICS, Metric, expected_calibration_error, temperature_scaling
 from .metrics.robustness import attacked_logits, fgsm, pgd
-from .metrics.sanity import correlation
+from .metrics.sanity import correlations
 from .records import record, record_key
 from .results import save
 from .steps import Step
@@ -191,7 +191,7 @@ def neighbour_scores(model: nn.Module,
     explain = get_explainer("gradcam")(model).attribute
     maps = torch.cat([explain(part, of) for part, of in zip(images.split(100), labels.split(100), strict=True)])
     purity = (labels[near] == labels[:, None]).float().mean()
-    alike = correlation(maps.repeat_interleave(k, 0), maps[near.flatten()])
+    alike = correlations(maps).gather(1, near)
     return {"purity": 100 * purity.item(), "agreement": alike.mean().item()}
 
 # %% ../nbs/52_experiments.ipynb #bc36ded0

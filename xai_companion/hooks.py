@@ -46,6 +46,12 @@ def _check_eager(model):
         raise ValueError("the layers of a model compiled by torch.jit cannot be watched: give the model that it was made from, "
                          "or take a method that needs no layer, such as rise or integrated_gradients")
 
+def _no_layer(layer, modules) -> ValueError:
+    "The error for a layer that is not there"
+    what, name = (f"{type(layer).__name__}(...)", "") if isinstance(layer, nn.Module) else (repr(layer), str(layer))
+    hint = did_you_mean(name, modules) or f"its last ones are {', '.join(map(repr, [*modules][-3:]))};"
+    return ValueError(f"the model has no layer {what}: {hint} hooks.unwrapped(model).named_modules() lists all.")
+
 def find_layers(model: nn.Module,  # any model; wrappers are transparent
                 layers: str | nn.Module | list,  # a name, a module of the model, or a list of them
                 ) -> dict[str, nn.Module]:
@@ -55,13 +61,10 @@ def find_layers(model: nn.Module,  # any model; wrappers are transparent
     names = {module: name for name, module in reversed(modules.items())}  # a module may have several: the first one
     found = {}
     for layer in layers if isinstance(layers, (list, tuple)) else [layers]:
-        name = names.get(layer if isinstance(layer, nn.Module) else modules.get(str(layer)))
-        if name is None:
-            what, name = (f"{type(layer).__name__}(...)", "") if isinstance(layer, nn.Module) else (repr(layer), str(layer))
-            hint = did_you_mean(name, modules) or f"its last ones are {', '.join(map(repr, [*modules][-3:]))};"
-            raise ValueError(f"the model has no layer {what}: {hint} "
-                             "hooks.unwrapped(model).named_modules() lists all.")
-        found[name] = modules[name]
+        module = layer if isinstance(layer, nn.Module) else modules.get(str(layer))
+        if module not in names:
+            raise _no_layer(layer, modules)
+        found[names[module]] = module
     if not found:
         raise ValueError("no layer was given: name at least one")
     return found

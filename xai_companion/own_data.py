@@ -148,6 +148,8 @@ def read_boxes(path: Path | str,  # lines "file,x0,y0,x1,y1"; a first line with 
                 raise ValueError(
                     f"{path}, line {number}: {','.join(row)!r} is not file,x0,y0,x1,y1 ({error})"
                 ) from None
+    if not found:
+        raise ValueError(f"{path} has no boxes: each line is file,x0,y0,x1,y1")
     return {file: torch.tensor(rows) for file, rows in found.items()}
 
 # %% ../nbs/59b_own_data.ipynb #7e0c94d1
@@ -240,6 +242,10 @@ class Located(ImageSet):
 
     def __len__(self):
         return len(self.data)
+
+    @property
+    def targets(self):
+        return self.data.targets
 
     def __getitem__(self, index):
         item = self.data[index]

@@ -80,7 +80,7 @@ class Restricted(nn.Module):
                  classes: list | None = None,  # their L names
                  ):
         super().__init__()
-        self.network, self.classes = network, classes
+        self.network, self.classes, self.input_size = network, classes, getattr(network, "input_size", None)
         self.register_buffer("indices", torch.as_tensor(indices).to(next(network.parameters()).device))
 
     def forward(self, images):
@@ -237,7 +237,7 @@ class Evaluated(Measured):
     "The rows of `evaluate` on one testbed, and how to store them"
     def store(self,
               paper: str,            # sise, ada_sise or integrated_gradcam
-              table: str,            # the table is called <table>_<testbed>
+              table: str,            # beginning of the table's name; that of the testbed follows
               explainers,            # names of the explainers that it shows
               metrics=None,          # names in `METRICS`; default: all, and the time
               frame: pd.DataFrame | None = None,  # other rows than `frame`

@@ -26,7 +26,7 @@ from ..data.photos import image_paths, load_image
 from ..explain import EXPLAINERS
 from ..gallery import gallery_part, write_gallery
 from ..models import find_class
-from ..scores import check_logits, pick_target, scores_at
+from ..scores import check_logits, pick_target, probabilities
 from ..viz import as_picture, method_label, overlay
 
 # %% ../../nbs/67e_commands.explain.ipynb #f2e1229f
@@ -60,7 +60,7 @@ def explain_batch(explainers: dict,   # explainer by method name
     with torch.no_grad():
         logits = check_logits(model(images), len(images))
     classes = pick_target(logits, target)
-    scores = scores_at(logits, classes, "softmax" if logits.shape[1] > 1 else "sigmoid")
+    scores = probabilities(logits).gather(1, classes[:, None])[:, 0]
     maps = {name: explainer.attribute(images, classes).cpu() for name, explainer in explainers.items()}
     return Explained(files, names, maps, classes.cpu(), scores.cpu(), gallery_part(images, maps))
 
@@ -143,7 +143,7 @@ def run_explain(args) -> int:
     model = model_from(args.model, args.weights, args.classes, device)
     classes = getattr(model, "classes", None)
     target = None if args.target is None else find_class(args.target, classes)
-    options = dict(map(parse_option, args.option)) | ({} if args.layer is None else {"layers": names_in(args.layer)})
+    options = dict(map(parse_option, args.option)) | ({"layers": names_in(",".join(args.layer))} if args.layer else {})
     explainers = parse_methods(args.method, model, shared=options)
     size = getattr(model, "input_size", None) if args.size is None else args.size
     if size is None:
@@ -171,7 +171,8 @@ def add_explain(commands):
                    help=f"one or several, with options: {', '.join(sorted(EXPLAINERS))} (default: %(default)s)")
     p.add_argument("--option", action="append", default=[], metavar="NAME=VALUE",
                    help="an option of all methods that have it, such as mu=0.3 or n_masks=1000; may be repeated")
-    p.add_argument("--layer", help="a layer by name (default: the method's own choice)")
+    p.add_argument("--layer", action="append", default=[], metavar="NAME",
+                   help="a layer by name; may be repeated (default: the method's own choice)")
     p.add_argument("--target", help="the class to explain, by index or name (default: the predicted class)")
     p.add_argument("--size", type=int, help="side in pixels: the centre of each image is cut out, at 8/7 of this size (default: the model's)")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")

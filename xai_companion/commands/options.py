@@ -45,7 +45,10 @@ def names_in(text: str  # NAME,NAME,...; commas in brackets belong to a name
     names, depth = [""], 0
     for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
-        names = [*names, ""] if letter == "," and depth <= 0 else [*names[:-1], names[-1] + letter]
+        if letter == "," and depth <= 0:
+            names.append("")
+        else:
+            names[-1] += letter
     names = [name.strip() for name in names]
     if not all(names) or any(" " in name.split(":")[0] for name in names):
         raise ValueError(f"several names stand with one comma between each two, such as gradcam,sise; got {text!r}")
@@ -149,18 +152,18 @@ def add_places(parser: argparse.ArgumentParser):
     parser.add_argument("--boxes", metavar="FILE", help="where the objects are: lines file,x0,y0,x1,y1 in pixels of the file")
     parser.add_argument("--masks", metavar="FOLDER", help="where the objects are: a mask for each image, of the same name")
 
-def source_named(data: str,         # what `--data` says: a folder, or a name in `DATASETS`
+def source_named(data: str,         # what `--data` says: a name in `DATASETS`, or a folder; ./synthetic is a folder
                  root: str | None,  # what `--root` says
                  ) -> tuple[str, str | None]:
     "Name and root for `load_dataset`"
     from xai_companion.data.datasets import DATASETS
-    if Path(data).is_dir():
-        return "imagefolder", data
     named = [name for name in DATASETS if name != "imagefolder" or root]  # which needs a folder
-    if data not in named:
+    if data in named:
+        return data, root
+    if not Path(data).is_dir():
         raise FileNotFoundError(f"{data} is neither a folder with a folder of images per class, nor a data set: "
                                 + (did_you_mean(data, named) or f"those are {', '.join(named)}"))
-    return data, root
+    return "imagefolder", data
 
 def images_from(args,               # what the parser found
                 size: int | None = None,  # squash the images to this many pixels per side; default: as they are

@@ -157,7 +157,7 @@ def add_train(commands):
     own = asdict(Config())
     for name, what in OPTIONS.items():
         shown = "" if own[name] is None else f" (default: {own[name]})"
-        more = {"choices": CHOICES[name]} if name in CHOICES else {"type": type(own[name] or 0), "metavar": name[0].upper()}
+        more = {"choices": CHOICES[name]} if name in CHOICES else {"type": int if own[name] is None else type(own[name]), "metavar": name[0].upper()}
         p.add_argument(f"--{name.replace('_', '-')}", help=what + shown, **more)
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                    help="an option of the recipe, such as tau=0.4 or method=sise")

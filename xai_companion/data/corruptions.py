@@ -90,7 +90,7 @@ def _clean(data: ImageSet, size: int | None) -> Tensor:
     draw = getattr(data, "batch", None) if size in (None, getattr(data, "size", None)) else None
     pixels = []
     for part in progress(torch.arange(len(data)).split(250), f"{data.name} {data.split}", unit="batch"):
-        if draw:  # drawn sets give many at a time
+        if callable(draw):  # drawn sets give many at a time
             images = draw(part.tolist()).image
         else:
             images = [(item if size is None else resized(item, size)).image for item in map(data.__getitem__, part.tolist())]
@@ -130,6 +130,10 @@ class CorruptedSet(ImageSet):
 
     def __len__(self):
         return len(self.data)
+
+    @property
+    def targets(self):
+        return self.data.targets
 
     def __getitem__(self, index):
         item = self.data[index] if self.size is None else resized(self.data[index], self.size)

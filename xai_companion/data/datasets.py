@@ -147,7 +147,7 @@ def load_dataset(name: str,                        # one of `DATASETS`
             raise ValueError("synthetic images are drawn at the size that is asked for: there is nothing to crop")
         from xai_companion.data.synthetic import Synthetic
         return Synthetic(split=split or "val", **options | ({} if size is None else {"size": size}))
-    known = list(inspect.signature(source.reader).parameters)[4:]
+    known = [name for name in inspect.signature(source.reader).parameters if name not in ("folder", "split", "size", "crop")]
     if unknown := set(options) - set(known):
         raise TypeError(f"{name} has no option {', '.join(sorted(unknown))}; it has {', '.join(known) or 'none'}")
     folder = _place(name, root)

@@ -15,6 +15,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+# %% ../../nbs/03a_data.items.ipynb #7d3e5d03
+from ..core import progress
+
 # %% ../../nbs/03a_data.items.ipynb #3ae9e6b6
 def box_mask(boxes: Tensor,  # (M, 4): x0, y0, x1, y1, edges in pixels
              size,           # (H, W)
@@ -132,9 +135,16 @@ class ImageSet(Dataset):
     def __iter__(self):
         return (self[i] for i in range(len(self)))
 
+    @property
+    def targets(self) -> list[tuple[int, ...]]:
+        "The classes of each image; a set that keeps no list is read for it"
+        items = progress(self, f"classes of {self.name}", len(self), "image")
+        return [item.labels if self.multi_label else (item.label,) for item in items]
+
     def __repr__(self):
         return f"{type(self).__name__}({self.name} {self.split}, {len(self)} images, {len(self.classes)} classes)"
 
+# %% ../../nbs/03a_data.items.ipynb #7d3e5d04
 class Pairs(ImageSet):
     "A data set of pairs (image, label), such as torchvision's"
     def __init__(self,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 # %% ../../nbs/21_data.loader.ipynb #9c46b234
 from ..core import span
 from .items import ImageSet, resized
-from .readers import DataError, Indexed
+from .readers import DataError
 
 # %% ../../nbs/21_data.loader.ipynb #f337a053
 def subseed(*keys  # numbers and words
@@ -60,7 +60,7 @@ def read_items(source: ImageSet,
                size: int,          # side of the result in pixels
                ) -> tuple[Tensor, Tensor]:  # images uint8 (n, 3, size, size); labels (n,), or (n, K) of several classes per image
     "Some images of a set as bytes, and their labels"
-    if hasattr(source, "batch") and source.size == size:  # drawn sets give many at a time
+    if callable(getattr(source, "batch", None)) and source.size == size:  # drawn sets give many at a time
         drawn = source.batch(index)
         return as_bytes(drawn.image, f"a batch of {source.name}"), drawn.label
     images, found, names = torch.empty(len(index), 3, size, size), [], []
@@ -174,11 +174,8 @@ class Streamed:
 
     @cached_property
     def labels(self) -> Tensor:
-        "The labels (N,) or (N, K); a set that keeps no list of them is read once for that"
-        if isinstance(self.source, Indexed):
-            return _as_labels(self.source.targets, self.source).to(self.device)
-        parts = torch.arange(len(self)).split(250)
-        return torch.cat([read_items(self.source, part.tolist(), self.size)[1] for part in parts]).to(self.device)
+        "The labels (N,) or (N, K)"
+        return _as_labels(self.source.targets, self.source).to(self.device)
 
     @cached_property
     def fingerprint(self) -> str:

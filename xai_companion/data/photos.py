@@ -53,6 +53,8 @@ def load_image(path: Path | str,        # an image file
     try:
         with Image.open(path) as image:
             tensor = _as_tensor(image)
+    except PermissionError as error:
+        raise ValueError(f"{path} may not be read ({error.strerror}): change its permissions, or leave it out") from error
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an image ({error}): it is damaged, incomplete or no image") from error
     return _fit(tensor, size, crop)

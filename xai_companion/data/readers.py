@@ -53,7 +53,7 @@ class Indexed(ImageSet):
     "Items by index at the size that was asked for, and a fingerprint: the upper half of a reader"
     folder: Path                    # of the set
     files: list[str]                # below `folder`
-    targets: list[tuple[int, ...]]  # the classes of each image
+    targets: list[tuple[int, ...]] = ()  # the classes of each image
     size: int | None = None
     crop: bool = False
 

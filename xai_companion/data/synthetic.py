@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/04_data.synthetic.ipynb #e0cd994a
+from ..core import check_seed
 from .items import ImageSet, Item
 from .plans import CLASSES, DISTRACTOR, PLANS, Look, by_plan, moved, piece, random_look
 from .shapes import (TEXTURES, Dice, Place, both, circle, groups, length, paint, pixel_grid, pixel_width,
@@ -140,8 +141,7 @@ def _check(size, seed, split, shortcut):
     "Raise an error unless these describe a set"
     if not isinstance(size, int) or not 32 <= size <= 224:
         raise ValueError(f"size must be a number of pixels from 32 to 224; got {size!r}")
-    if not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer; got {seed!r}")
+    check_seed(seed)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if not 0 <= shortcut <= 1:
@@ -203,6 +203,10 @@ class Synthetic(ImageSet):
     def __len__(self):
         return self.n
 
+    @property
+    def targets(self):
+        return [(label,) for label in classes_of(torch.arange(self.n), self.seed, self.split).tolist()]
+
     def batch(self,
               indices,       # which images: a list, a range or a tensor (N,)
               device="cpu",  # where to draw
@@ -211,8 +215,9 @@ class Synthetic(ImageSet):
         return creatures(_numbers(indices, "indices", self.n), self.size, self.seed, self.shortcut, device, self.split)
 
     def __getitem__(self, index: int) -> Item:
-        if not 0 <= index < self.n:
+        if not -self.n <= index < self.n:
             raise IndexError(f"the set has the images 0 to {self.n - 1}; got {index}")
+        index = index % self.n
         one = self.batch(index)
         label, extra = (one.label.item(),), {"part": one.part[0], "distractor": one.distractor[0]}
         return Item(str(index), one.image[0], label, one.box, label, one.object, extra)

@@ -208,7 +208,8 @@ class DeepLift(CaptumExplainer, name="deeplift"):
 
     def call(self, images, target, baseline):
         self.check_modules(images)
-        with _no_new_attributes(self.model), warnings.catch_warnings():
+        no_cast = torch.autocast(images.device.type, enabled=False)  # captum's rules want one type throughout
+        with no_cast, _no_new_attributes(self.model), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Setting forward, backward hooks")
             return super().call(images, target, baseline)
 

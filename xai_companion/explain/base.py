@@ -11,6 +11,7 @@ import inspect
 import math
 import re
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,10 @@ def check_images(images: Tensor,    # should be float (N, C, H, W) in [0, 1]
     if not images.is_floating_point():
         raise TypeError(f"images must be float in [0, 1], got {images.dtype}: divide by 255")
     low, high = span(images)
-    if math.isnan(low):
-        raise ValueError("the images contain NaN")
+    if not math.isfinite(high - low):
+        raise ValueError("the images contain NaN or infinite values")
     if low < -1e-4 or high > 1 + 1e-4:
-        raise ValueError(f"images must lie in [0, 1], these span [{low:.3g}, {high:.3g}]: divide by 255, or leave the "
+        raise ValueError(f"images must lie in [0, 1], these span [{low:.6g}, {high:.6g}]: divide by 255, or leave the "
                          "normalisation to the model with models.Normalized(model, mean, std)")
     weight = next(model.parameters(), images)
     if weight is not images and weight.is_inference():
@@ -96,12 +97,14 @@ def _unchanged(images):
                                "x = x - mean instead of x -= mean, and relu(x) instead of relu_(x)")
 
 # %% ../../nbs/10_explain.base.ipynb #b82bb5f2
+_one_at_a_time = RLock()  # of the threads: the mode of a model and the random generators are shared
+
 @contextmanager
 def undisturbed(model: nn.Module,
                 images: Tensor,  # (N, C, H, W) in [0, 1], checked here
                 seed: int = 0):  # of the random generators inside the block
     "The checked images; the model is in evaluation mode inside, and everything as before after it"
-    with torch.inference_mode(False), torch.no_grad():
+    with _one_at_a_time, torch.inference_mode(False), torch.no_grad():
         images = check_images(images, model)
         if images.device.type == "cpu":  # convolutions on the CPU run faster on this layout
             images = images.contiguous(memory_format=torch.channels_last)
@@ -224,10 +227,13 @@ def _bare(name) -> str:
     "A method's name without what papers and packages write differently"
     return "".join(letter for letter in str(name).lower().replace("+", "p") if letter.isalnum())
 
-def get_explainer(name: str  # a name in `EXPLAINERS`; capitals, spaces and hyphens do not matter
+def get_explainer(name: str | type  # a name in `EXPLAINERS` or of a class; capitals, spaces and hyphens do not matter
                   ) -> type:
-    "The explainer class registered as `name`"
-    found, bare = {_bare(known): cls for known, cls in EXPLAINERS.items()} | EXPLAINERS, _bare(name)
+    "The explainer class of that name"
+    if isinstance(name, type) and issubclass(name, Explainer):
+        return name
+    classes = {_bare(cls.__name__): cls for cls in EXPLAINERS.values()}
+    found, bare = classes | {_bare(known): cls for known, cls in EXPLAINERS.items()} | EXPLAINERS, _bare(name)
     if name not in EXPLAINERS and bare not in found:
         hint = did_you_mean(bare, EXPLAINERS)
         raise ValueError(f"unknown method {name!r}: {hint or 'there are ' + ', '.join(sorted(EXPLAINERS))}")
@@ -235,7 +241,7 @@ def get_explainer(name: str  # a name in `EXPLAINERS`; capitals, spaces and hyph
 
 def explain(model: nn.Module,        # takes images in [0, 1], returns logits (N, K)
             images: Tensor,          # (N, C, H, W) in [0, 1]
-            method: str = "gradcam", # a name in `EXPLAINERS`
+            method: str | type = "gradcam", # see `get_explainer`
             target=None,             # None (predicted class), an int, a list of ints or a tensor (N,)
             **options,               # of the method, such as layers=...
             ) -> Tensor:

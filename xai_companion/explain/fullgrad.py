@@ -201,7 +201,7 @@ def full_gradient(model: nn.Module,  # in evaluation mode
     terms = {"input": first * images}
     for name, grad in zip(inputs, grads, strict=False):
         if grad is not None:
-            terms[f"black before {name}"] = _placed(grad * levels[name], images)
+            terms[f"black before {name}"] = _placed(grad * levels[name].to(grad), images)
     for (name, act), grad in zip(acts.items(), grads[len(inputs):], strict=True):
         if grad is not None:
             terms[name] = _term(unwrapped(model).get_submodule(layers[name]), act.detach(), grad).detach()

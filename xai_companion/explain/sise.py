@@ -28,8 +28,8 @@ def otsu(values: Tensor,        # (N, P), finite
     "Otsu's threshold of each row, (N,): the centre of the bin that separates best"
     exact = torch.float32 if values.device.type == "mps" else torch.float64
     counted = torch.ones_like(values, dtype=exact) if valid is None else valid.to(exact)
-    low, high = (values.new_full((len(values), 1), end) if end is not None else extreme
-                 for end, extreme in ((low, values.amin(1, keepdim=True)), (high, values.amax(1, keepdim=True))))
+    low = values.amin(1, keepdim=True) if low is None else values.new_full((len(values), 1), low)
+    high = values.amax(1, keepdim=True) if high is None else values.new_full((len(values), 1), high)
     width = torch.where(high > low, high - low, torch.ones_like(high)) / bins
     place = ((values - low) / width).long().clamp(0, bins - 1)
     counts = counted.new_zeros(len(values), bins).scatter_add_(1, place, counted)
@@ -47,7 +47,7 @@ class Block:
     "What SISE computes at one layer, for N images and the K maps of the layer"
     layer: str        # name of the layer
     maps: Tensor      # A, (N, K, h, w)
-    alpha: Tensor     # (N, K): sum over positions of the gradient of log Psi (of the logit for score="logit")
+    alpha: Tensor     # (N, K): sum over positions of the gradient of the log-odds of Psi (of the logit for score="logit")
     kept: Tensor      # (N, K), bool: which maps became masks
     scores: Tensor    # (N, K): Psi of the masked images; NaN where no mask was
     visual: Tensor    # V_b, (N, 1, H, W)
@@ -99,7 +99,7 @@ def weigh(model: nn.Module,
           score: str = "softmax",  # what Psi is
           ) -> tuple[list, Tensor]:
     "Name, maps (N, K, h, w) and alpha (N, K) of each layer, low to high, and the class of each image"
-    gradient_of = score if score == "logit" else f"log_{score.removeprefix('log_')}"
+    gradient_of = "log_odds" if score == "softmax" else "logit"  # the log-odds of a sigmoid are the logit
     acts, grads, logits = activations_and_gradients(model, layers, images, target, gradient_of)
     return [(k, acts[k].contiguous(), grads[k].sum((2, 3))) for k in acts], pick_target(logits, target)
 
@@ -121,6 +121,8 @@ def score_maps(explainer: MaskedExplainer,
 # %% ../../nbs/15_explain.sise.ipynb #8be18731
 class SISE(MaskedExplainer, name="sise"):
     "SISE (Sattarzadeh et al., AAAI 2021)"
+    version = 2  # 1 lost digits of alpha where the network is sure of its answer
+
     def __init__(self,
                  model: nn.Module,   # takes images in [0, 1], returns logits (N, K)
                  layers=None,        # names or modules, one per block; default: `conv_blocks`
@@ -130,7 +132,7 @@ class SISE(MaskedExplainer, name="sise"):
                  **options,          # score, fill, chunk and dtype of `MaskedExplainer`
                  ):
         super().__init__(model, layers, **options)
-        if not 0 <= mu < 1:
+        if not isinstance(mu, (int, float)) or not 0 <= mu < 1:
             raise ValueError(f"mu is a share of the largest alpha, at least 0 and below 1; got {mu!r}")
         if otsu not in (None, "hard", "soft"):
             raise ValueError(f"otsu is 'hard' or 'soft', got {otsu!r}")

@@ -8,39 +8,47 @@ __all__ = ['fgsm', 'pgd', 'attacked_logits']
 # %% ../../nbs/33_metrics.robustness.ipynb #c3897c53
 import numbers
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/33_metrics.robustness.ipynb #f2a3ca45
-from ..core import check_counts
+from ..core import check_counts, check_seed
 from ..explain.base import undisturbed
 from ..masking import default_chunk, in_chunks
 from ..scores import check_logits, check_target
 
 # %% ../../nbs/33_metrics.robustness.ipynb #0aa7e66c
-def _uphill(model, images, labels):
-    "The sign of the gradient of the cross-entropy with respect to each value of the images"
+def _slope(model, images, labels):
+    "The gradient of the cross-entropy with respect to each value of the images; `labels` is a function of the logits"
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         logits = check_logits(model(images), len(images))
         if not logits.requires_grad:
             raise RuntimeError("the model lets no gradient through to the images: its forward runs under torch.no_grad, or "
                                "detaches a tensor; an attack needs the gradient")
-        labels = check_target(labels, *logits.shape).to(logits.device, copy=True)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(precise, labels, reduction="sum")
-        [slope] = torch.autograd.grad(loss, images)
-    if not slope.isfinite().all():
-        raise ValueError("the gradient of the loss is NaN or infinite: look at the model's outputs for these images")
-    return slope.sign()
+        loss = F.cross_entropy(precise, labels(logits), reduction="sum")
+        return torch.autograd.grad(loss, images)[0]
 
 def _climb(model, images, labels, eps, start, steps, step_size):
     "Go uphill from `start`, never farther than `eps` from the images, never out of [0, 1]"
-    low, high = (images - eps).clamp_min(0), (images + eps).clamp_max(1)
+    if labels is None:
+        raise ValueError("labels are needed, the true class of each image: an attack works against it")
+
+    @cache
+    def checked(shape, device):
+        return check_target(labels, *shape).to(device, copy=True)
+
+    low, high, finite = (images - eps).clamp_min(0), (images + eps).clamp_max(1), torch.ones((), dtype=torch.bool, device=images.device)
     for _ in range(steps):
-        start = (start + step_size * _uphill(model, start, labels)).clamp(low, high)
+        slope = _slope(model, start, lambda logits: checked(logits.shape, logits.device))
+        finite &= slope.isfinite().all()
+        start = (start + step_size * slope.sign()).clamp(low, high)
+    if not finite:  # asked once: a GPU has to be waited for
+        raise ValueError("the gradient of the loss is NaN or infinite: look at the model's outputs for these images")
     return start.contiguous()
 
 def _check_size(**sizes):
@@ -75,7 +83,7 @@ def pgd(model: nn.Module,  # takes images in [0, 1], returns logits (N, K); any 
     check_counts(steps=steps)
     step_size = 2.5 * eps / steps if step_size is None else step_size
     with undisturbed(model, images) as images:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(check_seed(seed))
         offset = torch.rand(images.shape[1:], generator=generator).to(images) * 2 - 1
         return _climb(model, images, labels, eps, (images + eps * offset).clamp(0, 1), steps, step_size)
 

@@ -9,6 +9,7 @@ __all__ = ['meta_of', 'save_run', 'restore_run', 'save_weights']
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 # %% ../../nbs/42f_train.checkpoint.ipynb #92489a13
@@ -29,7 +30,7 @@ def meta_of(run  # a `Run` of the loop
 def save_run(run, folder: Path):
     "Write the checkpoint and the log; weights that are not finite are an error"
     weights = unwrapped(run.model).state_dict()
-    if not all(t.isfinite().all() for t in (run.sums, *weights.values())):
+    if not torch.stack([t.isfinite().all() for t in (run.sums, *weights.values())]).all():
         raise RuntimeError(f"the loss or the weights are no longer finite after step {run.done}: take a lower lr or a "
                            "longer warm-up. The last checkpoint is from before and intact.")
     write_whole(folder / "checkpoint.pt", packed({

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from ..core import autocasting, check_counts, check_positive
 from ..data.augment import AUGMENTATIONS
 from ..hooks import capture, classifier_of, entering, evaluating
+from ..models import black_image
 from .edda import check_options, maps_of, other_classes
 from .losses import collapse_alarm, supcon_loss
-from .occlusion import occlude, random_masks, salient
+from .occlusion import has_relu, occlude, random_masks, salient
 from .recipes import Recipe, Views
-from .tensors import black_image
 
 # %% ../../nbs/42d_train.contrastive.ipynb #42bf2937
 class Projection(nn.Sequential):
@@ -158,6 +158,8 @@ class ExCon(SupCon, name="excon"):
     @classmethod
     def check(cls, options):
         found = super().check(options)
+        if "explainer" not in options and not has_relu(found["method"]):
+            found["explainer"] = {}  # the map as it is
         check_options(found)
         return found
 

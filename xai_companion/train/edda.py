@@ -13,11 +13,11 @@ import torch
 
 # %% ../../nbs/42c_train.edda.ipynb #61c33ef7
 from ..core import autocasting, check_between
-from ..explain import get_explainer
+from ..models import black_image
 from .losses import DROP_TARGETS, classification_loss, drop_targets, edda_loss, edda_loss_of_several, gathered
 from .occlusion import CurrentMaps, MapCache, occlude, random_masks, salient
 from .recipes import Batch, Recipe, Views
-from .tensors import black_image, outputs_of
+from .tensors import outputs_of
 
 # %% ../../nbs/42c_train.edda.ipynb #a6061fa9
 FILLS = ("black", "mean", "blur")
@@ -25,7 +25,7 @@ FILLS = ("black", "mean", "blur")
 def check_options(options: dict  # of a recipe that uses explanations
                   ):
     "Raise if a value makes no sense"
-    get_explainer(options["method"])
+    CurrentMaps.check(options["method"], **options["explainer"])
     for name, known in (("fill", FILLS), ("drop_target", DROP_TARGETS)):
         if name in options and options[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
@@ -165,11 +165,11 @@ class EDDA(WithMaps, name="edda"):
         return Views(torch.cat([view, keep, drop]), batch.labels, (masks.float().mean(),), own_class(batch.labels, targets, generator))
 
     def loss(self, model, views, moment):
-        logits, option = model(views.images).float(), self.option
-        if len(logits) == len(views.labels):
+        option, (logits, *parts) = self.option, model(views.images).float().split(len(views.labels))
+        if not parts and option["drop_target"] != "extra":  # whose smoothing leaves the extra class out
             return classification_loss(logits, views.labels, self.config.smoothing), logits
-        logits, keep, drop = logits.chunk(3)
-        rise = min(1.0, (moment.progress - option["start"]) / option["ramp"]) if option["ramp"] else 1.0
+        keep, drop = parts or (None, None)
+        rise = min(1.0, max(0.0, moment.progress - option["start"]) / option["ramp"]) if option["ramp"] else 1.0
         about = {name: rise * option[name] for name in ("keep_weight", "drop_weight")} | {"smoothing": self.config.smoothing}
         if views.labels.ndim == 2:
             return edda_loss_of_several(logits, keep, drop, views.labels, views.explained, **about), logits

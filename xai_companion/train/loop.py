@@ -26,7 +26,7 @@ from .checkpoint import restore_run, save_run, save_weights
 from .files import COLUMNS, alone
 from .losses import classification_loss, is_right
 from .passes import Course, Pass, plan_passes
-from .processes import average_gradients, check_same, share_buffers, share_weights, wait_for_all
+from .processes import add_up, average_gradients, check_same, share_buffers, share_weights, wait_for_all
 from .recipes import Batch, Config, Moment, Views, get_recipe
 from .tensors import check_classes, check_data, check_fits, check_model, check_trainable, outputs_of, to_tensors
 
@@ -61,14 +61,16 @@ def loss_and_accuracy(model: nn.Module,  # takes images in [0, 1], returns logit
                       dtype: str = "float32",  # or "bfloat16": autocast
                       ) -> tuple[float, float]:
     "The mean loss of classification and the share of right predictions, in evaluation mode"
-    loss = right = 0
+    losses, right = [], 0
     with torch.inference_mode(), evaluating(model):
         for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
             with autocasting(images.device, dtype):
                 logits = model(part.contiguous(memory_format=torch.channels_last).float() / 255).float()
-            loss += len(truth) * classification_loss(logits, truth).item()
-            right += is_right(logits, truth).sum().item()
-    return loss / len(labels), right / len(labels)
+            losses.append(classification_loss(logits, truth))
+            right = right + is_right(logits, truth).sum()
+    each = zip(labels.split(batch), torch.stack(losses).tolist(), strict=True)  # a GPU is waited for once
+    loss = sum(len(part) * value for part, value in each)
+    return loss / len(labels), right.item() / len(labels)
 
 # %% ../../nbs/43_train.loop.ipynb #7d3e6a21
 class RunState:
@@ -157,12 +159,11 @@ class Run(RunState):
     def close(self):
         "Evaluate, and add a row to the log"
         now = self.course.ended(self.done)
-        loss, accuracy, _, *notes = (self.sums / self.sums[2]).tolist()
-        last, val = now.part == self.recipe.parts[-1], (None, None)
-        if self.val is not None and last:
+        add_up(self.sums)
+        (loss, accuracy, _, *notes), val = (self.sums / self.sums[2]).tolist(), (None, None)
+        if self.val is not None and now.part == self.recipe.parts[-1]:
             val = loss_and_accuracy(self.model, *self.val, dtype=self.config.dtype)
-        lr = self.optimizers[now.part].param_groups[0]["lr"]
-        row = (now.epoch + 1, now.part, self.done, loss, accuracy, *val, lr, self.seconds)
+        row = (now.epoch + 1, now.part, self.done, loss, accuracy, *val, self.optimizers[now.part].param_groups[0]["lr"], self.seconds)
         own = notes if now.part == self.recipe.parts[0] else [None] * len(notes)
         self.log.append(dict(zip((*COLUMNS, *self.recipe.notes), (*row, *own), strict=True)))
         self.sums.zero_()
@@ -199,13 +200,14 @@ def compiling(model: nn.Module,  # any model; wrappers are transparent
     "Inside the block the stages of the network are compiled, except the one with the classifier"
     last = classifier_of(model)[1] if on else None
     parts = [part for part in unwrapped(model).children() if on and any(part.children()) and last not in set(part.modules())]
+    before = [part._compiled_call_impl for part in parts]  # by `part.compile()`
     try:
         for part in parts:
             part._compiled_call_impl = torch.compile(_call_of(part))
         yield
     finally:
-        for part in parts:
-            part._compiled_call_impl = None
+        for part, call in zip(parts, before, strict=True):
+            part._compiled_call_impl = call
 
 # %% ../../nbs/43_train.loop.ipynb #c0cf6cd5
 def _class_count(labels, classes, model, size) -> int:
@@ -332,6 +334,8 @@ def _steps(run: Run, folder: Path | None, every: float):
                 bar.set_postfix_str(f"loss {loss:.3f}, accuracy {right:.1%}")
             if run.ends_pass:
                 run.close()
+                if not math.isfinite(run.log[-1]["val_loss"] or 0):
+                    raise RuntimeError(f"the validation loss is not finite after step {run.done}: take a lower lr or a longer warm-up")
                 run.recipe.watch(run.log)
             due = min(every, 20 * writing) if run.ends_pass else every
             if folder and (run.done == run.steps or now - saved > due):

@@ -177,12 +177,19 @@ def collapse_alarm(losses,      # of the steps or epochs since the warm-up, in o
 # %% ../../nbs/41_train.losses.ipynb #504541f7
 DROP_TARGETS = ("uniform", "share", "extra")
 
-def drop_targets(labels: Tensor,  # (N,): class of each image
-                 classes: int,    # K
-                 kind: str = "uniform",  # one of `DROP_TARGETS`
-                 p: float = 0.0,  # probability of the true class, for "share"
-                 ) -> Tensor:     # (N, K), for "extra" (N, K + 1)
-    "What the network should answer where the evidence is hidden: a distribution per image"
+def _soft_labels(labels, classes, p):
+    "Probability p for the class of each image, the same for all others, (N, K)"
+    rest = torch.full((len(labels), classes), (1 - p) / (classes - 1), device=labels.device)
+    return rest.scatter(1, labels[:, None].long(), p)
+
+def _hidden_targets(labels, classes, kind, p):
+    "`drop_targets` of what has been checked"
+    if kind == "extra":
+        return F.one_hot(torch.full_like(labels, classes), classes + 1).float()
+    return _soft_labels(labels, classes, 1 / classes if kind == "uniform" else p)
+
+def _check_drop(labels, classes, kind, p):
+    "Raise unless there is such a target for these labels; those on a GPU are not looked at, which it would be waited for"
     if kind not in DROP_TARGETS:
         raise ValueError(f"the target of the dropped image must be one of {', '.join(DROP_TARGETS)}, got {kind!r}")
     if not 0 <= p <= 1 or (p and kind != "share"):
@@ -190,14 +197,18 @@ def drop_targets(labels: Tensor,  # (N,): class of each image
     extra = "; 'extra' needs one logit more than there are classes: K + 1" if kind == "extra" else ""
     if classes < 2:
         raise ValueError(f"at least 2 classes are needed, got {classes}{extra}")
-    _check_labels(labels, len(labels), "the batch")
-    if ((labels < 0) | (labels >= classes)).any():
+    if labels.device.type == "cpu" and ((labels < 0) | (labels >= classes)).any():
         raise ValueError(f"labels must lie in 0 to {classes - 1}, these go from {labels.min()} to {labels.max()}{extra}")
-    if kind == "extra":
-        return F.one_hot(torch.full_like(labels, classes), classes + 1).float()
-    p = 1 / classes if kind == "uniform" else p
-    rest = torch.full((len(labels), classes), (1 - p) / (classes - 1), device=labels.device)
-    return rest.scatter(1, labels[:, None].long(), p)
+
+def drop_targets(labels: Tensor,  # (N,): class of each image
+                 classes: int,    # K
+                 kind: str = "uniform",  # one of `DROP_TARGETS`
+                 p: float = 0.0,  # probability of the true class, for "share"
+                 ) -> Tensor:     # (N, K), for "extra" (N, K + 1)
+    "What the network should answer where the evidence is hidden: a distribution per image"
+    _check_labels(labels, len(labels), "the batch")
+    _check_drop(labels, classes, kind, p)
+    return _hidden_targets(labels, classes, kind, p)
 
 # %% ../../nbs/41_train.losses.ipynb #82920caf
 def _check_edda(logits, keep, drop, keep_weight, drop_weight, smoothing):
@@ -228,9 +239,9 @@ def edda_loss(logits: Tensor,       # (N, K): of the whole images; (N, K + 1) fo
     _check_labels(labels, len(logits), "logits")
     labels, outputs = labels.to(logits.device), logits.shape[1]
     classes = outputs - (drop_target == "extra")
-    hidden = drop_targets(labels, classes, drop_target, p)
-    shown = drop_targets(labels, classes, "share", 1 - smoothing + smoothing / classes)
-    shown = F.pad(shown, (0, outputs - classes))
+    _check_drop(labels, classes, drop_target, p)
+    hidden = _hidden_targets(labels, classes, drop_target, p)
+    shown = F.pad(_soft_labels(labels, classes, 1 - smoothing + smoothing / classes), (0, outputs - classes))
     terms = [(1.0, logits, shown), (keep_weight, keep, shown), (drop_weight, drop, hidden)]
     return sum(weight * F.cross_entropy(_wide(part), target.to(_wide(part))) for weight, part, target in terms if part is not None)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/42_train.recipes.ipynb #8555bfde
-from ..core import check_between, check_counts, check_positive, did_you_mean
+from ..core import check_between, check_counts, check_positive, check_seed, did_you_mean
 from ..data.augment import AUGMENTATIONS, augmented
 from ..explain import get_explainer
 from ..records import record_key
@@ -81,9 +81,9 @@ def check_config(config: "Config"  # to be checked
         raise ValueError(f"the recipe {config.recipe} makes no use of augmentation={config.augmentation!r}: {instead}")
     if config.pad is not None and not (isinstance(config.pad, int) and 0 <= config.pad <= config.size):
         raise ValueError(f"pad must be a whole number between 0 and the size of the images ({config.size}), got {config.pad!r}")
-    for name, kind in (("flip", bool), ("seed", int)):
-        if not isinstance(getattr(config, name), kind):
-            raise ValueError(f"{name} must be {'True or False' if kind is bool else 'a whole number'}, got {getattr(config, name)!r}")
+    if not isinstance(config.flip, bool):
+        raise ValueError(f"flip must be True or False, got {config.flip!r}")
+    check_seed(config.seed)
 
 # %% ../../nbs/42_train.recipes.ipynb #8cad75fb
 RECIPES: dict[str, type] = {}  # every recipe by its name
