@@ -52,8 +52,8 @@ class Normalized(nn.Module):
         super().__init__()
         if isinstance(network, Normalized):
             raise ValueError("the model normalises its images already: use it as it is, or normalise model.network in another way")
-        low, high = span(torch.as_tensor(mean, dtype=torch.float32))
-        if not 0 <= low <= high <= 1 or not span(torch.as_tensor(std, dtype=torch.float32))[0] > 0:
+        (low, high), (least, _) = (span(torch.as_tensor(value, dtype=torch.float32, device="cpu")) for value in (mean, std))
+        if not 0 <= low <= high <= 1 or not least > 0:
             raise ValueError(f"mean lies in [0, 1], as images do, and std is above 0: got mean={mean} and std={std}; divide grey levels by 255")
         self.network = network
         self.classes = list(classes) if classes is not None else None
