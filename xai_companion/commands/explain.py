@@ -80,10 +80,10 @@ def write_overlays(out: Path,       # a folder; made here
         for name, picture in zip(found.names, overlay(images, maps), strict=True):
             as_picture(picture).save(out / f"{name}.{own}.png")
 
-def write_summary(out: Path,     # a folder
-                found: list,   # of `Explained`
-                class_names: list | None,
-                ) -> list[str]:  # what was seen in each image
+def write_summary(out: Path,    # a folder
+                  found: list,  # of `Explained`
+                  class_names: list | None,
+                  ) -> list[str]:  # what was seen in each image
     "Write the maps of all images (NPZ) and the gallery (HTML)"
     files, names = ([item for part in found for item in getattr(part, field)] for field in ("files", "names"))
     classes, scores = (torch.cat([getattr(part, field) for part in found]) for field in ("classes", "scores"))
