@@ -37,8 +37,10 @@ from xai_companion.evaluate import (
 from xai_companion.explain import EXPLAINERS, RISE, SISE, GradCAM
 from xai_companion.explain.base import Explainer
 from xai_companion.explain.contract import assert_untouched, footprint, trap_network
+from xai_companion.hooks import evaluating
 from xai_companion.metrics import (
     METRICS,
+    Metric,
     average_drop,
     bbox_score,
     deletion_auc,
@@ -464,6 +466,47 @@ def test_each_metric_takes_its_own_options(network):
     assert not top["drop"].equals(usual["drop"]) and top["insertion"].equals(usual["insertion"])
     assert steps["drop"].equals(usual["drop"]) and not steps["insertion"].equals(usual["insertion"])
     assert not fill["drop"].equals(usual["drop"])
+
+
+def test_a_score_of_your_own(network, tmp_path, monkeypatch):
+    "From maps and masks, or from the model with options; a change of its code starts anew; what is not a value per image is refused"
+    cam, asked = {"cam": GradCAM(network)}, []
+
+    def rate(factor, places=lambda maps, masks: (maps * masks).flatten(1).amax(1)):
+        def logits(model, images, maps, target, *, power=1):
+            asked.append(power)
+            return model(images)[range(len(target)), target] ** power
+        monkeypatch.setitem(METRICS, "peak", Metric("Peak", "high", "mask", of=places))
+        monkeypatch.setitem(METRICS, "logit", Metric("Logit", "high", "model", "", of=logits))
+        options = {} if factor == 1 else {"power": factor}
+        return evaluate(cam, Street(), ("peak", "logit", "ebpg"), folder=tmp_path, **options)
+
+    first, squared = rate(1), rate(2)
+    assert set(asked) == {1, 2}
+    torch.testing.assert_close(torch.tensor(squared.logit), torch.tensor(first.logit) ** 2)
+    for row in first.itertuples():
+        item = Street()[int(row.name[0])]
+        with torch.no_grad(), evaluating(network):
+            assert network(item.image[None])[0, row.label] == pytest.approx(row.logit, abs=1e-4)
+        mask = item.mask(row.label)
+        if mask is None:
+            assert np.isnan(row.peak) and np.isnan(row.ebpg)
+        else:
+            own = GradCAM(network).attribute(item.image[None], row.label)
+            assert row.peak == pytest.approx((own[0] * mask).max().item(), abs=1e-5)
+    assert "Peak (%)" in summary(first) and "Logit" in summary(first)
+    changed = rate(1, lambda maps, masks: (maps * masks).flatten(1).amax(1) / 2)
+    torch.testing.assert_close(torch.tensor(changed.peak) * 2, torch.tensor(first.peak), equal_nan=True)
+    with pytest.raises(ValueError, match=r"the metric 'peak' must give one value per image, a tensor \(\d+,\), got \(\)"):
+        rate(1, lambda maps, masks: maps.mean())
+    with pytest.raises(ValueError, match="no.* option 'power': it belongs to logit"):
+        evaluate(cam, Street(), ("drop",), power=2)
+
+
+def test_the_command_names_every_metric(capsys):
+    with pytest.raises(SystemExit):
+        command("evaluate", "--help")
+    assert set(METRICS) <= set(capsys.readouterr().out.replace(",", " ").split())
 
 
 def test_probabilities_in_the_place_of_logits():

@@ -23,10 +23,10 @@ from .core import has_bfloat16, progress
 from .data.datasets import load_dataset
 from .data.loader import Streamed, as_bytes
 from .data.synthetic import CLASSES, Synthetic
-from .evaluate import measure, seeded_order
+from .evaluate import seeded_order
 from .explain import EXPLAINERS, get_explainer
 from .hooks import classifier_of, entering, evaluating
-from .metrics import CURVES, LOCALIZATION, MASKED, METRICS, Metric, expected_calibration_error, temperature_scaling
+from .metrics import CURVES, LOCALIZATION, MASKED, METRICS, Metric, expected_calibration_error, measure, temperature_scaling
 from .metrics.robustness import attacked_logits, fgsm, pgd
 from .metrics.sanity import correlations
 from .records import record, record_key
