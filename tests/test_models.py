@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from xai_companion.core import settings
@@ -68,6 +69,13 @@ def test_small_networks(name, size):
     model = load_model(name, weights=None, num_classes=7, small=True)
     assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
     assert conv_blocks(model, size)[0] == ("features.5" if name == "vgg16_bn" else "layer1") and model.classes is None
+
+
+@pytest.mark.parametrize("size", [128, 160, 299])
+def test_convolutions_without_padding_lose_a_pixel_more(size):
+    "8 pixels become 3 in Inception: one step all the same"
+    network = torchvision.models.inception_v3(weights=None, init_weights=False)
+    assert conv_blocks(network, size) == ["Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e", "Mixed_7c"]
 
 
 def test_weights_from_the_cache(hub):

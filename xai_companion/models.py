@@ -191,9 +191,9 @@ def _same_size(a, b) -> bool:
     return bool(_sides(a)) and _sides(a) == _sides(b)
 
 def _step(a, b) -> bool:
-    "Does the map shrink by one step from `a` to `b`"
+    "Does the map shrink by one step from `a` to `b`, give or take a pixel that a convolution without padding loses"
     return bool(_sides(a) and _sides(b)) and min(_sides(b)) > 1 and all(
-        1.5 <= before / after <= 2.5 for before, after in zip(_sides(a), _sides(b), strict=True))
+        1.5 * after <= before <= 2.5 * after + 1 for before, after in zip(_sides(a), _sides(b), strict=True))
 
 # %% ../nbs/06_models.ipynb #e35b06fa
 class _Origins:
