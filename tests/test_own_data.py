@@ -10,6 +10,7 @@ from PIL import Image
 from scripted import NAMES
 from writers import write_squares
 
+from xai_companion.data.photos import photos
 from xai_companion.data.readers import ImageFolder
 from xai_companion.own_data import Located, match_classes, read_boxes, read_class_map, read_mask
 
@@ -118,6 +119,17 @@ def test_a_mask_with_fringes(tmp_path, name):
         values[:16, :16] = bright
         Image.fromarray(values).convert("RGB").save(tmp_path / name, quality=40)
         assert read_mask(tmp_path / name)[0].nonzero().amax(0).tolist() == [15, 15] and read_mask(tmp_path / name).sum() == 256
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_a_photograph_is_no_mask(tmp_path, ending):
+    "A folder of images in the place of the folder of masks; a grey photograph cannot be told from a soft mask"
+    image = Image.fromarray((photos(64)[1] * 255).byte().movedim(0, 2).numpy())
+    image.save(tmp_path / f"photo.{ending}")
+    with pytest.raises(ValueError, match=f"photo.{ending} is a picture in colours, not a mask"):
+        read_mask(tmp_path / f"photo.{ending}")
+    image.quantize(4, dither=Image.Dither.NONE).save(tmp_path / "four_colours.png")
+    assert read_mask(tmp_path / "four_colours.png").any()
 
 
 def test_a_transparent_palette_is_a_mask(tmp_path):
