@@ -21,7 +21,7 @@ from torch import Tensor
 # %% ../../nbs/67e_commands.explain.ipynb #84ca2680
 from .options import add_model, check_folder, check_numbers, check_takes
 from .options import model_from, names_in, parse_methods, parse_option
-from ..core import pick_device, progress
+from ..core import pick_device, progress, replacing
 from ..data.photos import image_paths, load_image
 from ..explain import EXPLAINERS
 from ..gallery import gallery_part, write_gallery
@@ -88,8 +88,9 @@ def write_summary(out: Path,    # a folder
     files, names = ([item for part in found for item in getattr(part, field)] for field in ("files", "names"))
     classes, scores = (torch.cat([getattr(part, field) for part in found]) for field in ("classes", "scores"))
     captions = [f"{class_names[c] if class_names else f'class {c}'}, {p:.1%}" for c, p in zip(classes.tolist(), scores.tolist(), strict=True)]
-    np.savez_compressed(out / "maps.npz", names=np.array(names), files=np.array(list(map(str, files))), target=classes.numpy(),
-                        probability=scores.numpy(), **{m: np.concatenate([part.maps[m] for part in found]) for m in found[0].maps})
+    with replacing(out / "maps.npz") as file:
+        np.savez_compressed(file, names=np.array(names), files=np.array(list(map(str, files))), target=classes.numpy(),
+                            probability=scores.numpy(), **{m: np.concatenate([part.maps[m] for part in found]) for m in found[0].maps})
     write_gallery(out / "index.html", [part.pictures for part in found], labels_of(files), captions, "Explanations")
     return captions
 
