@@ -205,7 +205,7 @@ def sidebar(pages, sections):
 
 
 def stage(folder, out):
-    "Write all pages below `folder`; what did not change keeps its time stamp, so Sphinx does not build it again"
+    "Write all pages below `folder`, what did not change not again: Sphinx keeps it. True if the sidebar, which is on all pages, changed"
     pages = [read_page(path) for path in notebooks()]
     collect_links(pages)
     sections = library(pages)
@@ -222,10 +222,11 @@ def stage(folder, out):
     if any(path.is_file() and path not in files for path in folder.rglob("*")):  # a notebook is gone: start afresh
         shutil.rmtree(folder)
         shutil.rmtree(out, ignore_errors=True)
-    for path, content in files.items():
+    changed = {path for path, content in files.items() if not path.is_file() or path.read_bytes() != content}
+    for path in changed:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_bytes() != content:
-            path.write_bytes(content)
+        path.write_bytes(files[path])
+    return not changed.isdisjoint({folder / "index.ipynb", *(folder / path for path in sections)})
 
 
 def site(out=ROOT / "docs" / "_build" / "html"):
@@ -234,9 +235,9 @@ def site(out=ROOT / "docs" / "_build" / "html"):
 
     out = Path(out).resolve()
     work = out.with_name(f".{out.name}.work")
-    stage(work / "pages", out)
+    again = ["-a"] * stage(work / "pages", out)
     examples()
-    options = ["-b", "html", "-n", "-W", "--keep-going", "-q", "-c", ROOT / "docs", "-d", work / "doctrees"]
+    options = ["-b", "html", "-n", "-W", "--keep-going", "-q", "-c", ROOT / "docs", "-d", work / "doctrees", *again]
     return main([str(option) for option in (*options, work / "pages", out)])
 
 

@@ -29,7 +29,7 @@ def test_numbers_on_the_page(tmp_path):
     low, high = (100 * x for x in find.share_interval(4, 7)[1:])
     assert f"57.1 %{low:.1f} to {high:.1f} %4 of 7 images" in words
     assert f"{100 * found.calibration['ece15']:.1f} %" in words and "3 of 7 predictions are wrong, 1 of them" in words
-    assert "ant is taken for bee 2 times, of 4 images" in words
+    assert "2 of 4 images of ant are taken for bee" in words
     assert ["ant", "bee", "2", "4"] in page.rows and ["bee", "ant", "1", "2"] in page.rows
     ant = next(row for row in page.rows if row[:3] == ["ant", "4", "2"])
     assert ant[3].replace("\u00a0", " ") == "50.0 %" and ant[6].replace("\u00a0", " ") == "87.5 %"

@@ -89,6 +89,18 @@ def test_the_command(own_run, monkeypatch, capsys):
     assert len(json.loads((own_run / "results" / "bench" / "seconds.quick.json").read_text())) == 4
 
 
+def test_a_measurement_that_fails_does_not_end_the_others(own_run, monkeypatch, capsys):
+    "A library is not here, or does not compile: what can be measured is, and the exit code says that something could not"
+    def missing():
+        raise ModuleNotFoundError("No module named 'torchcam'")
+    name = "methods that mask, resnet18"
+    planned = {"gradient methods": (("cams",), missing), name: bench.measurements()[name]}
+    monkeypatch.setattr(bench, "measurements", lambda device: planned)
+    assert bench.bench(device="cpu") == 1
+    said = capsys.readouterr()
+    assert "No module named 'torchcam'" in said.err and "RISE, 8000 masks: resnet18" in said.out
+
+
 def test_a_slow_reader_is_seen(monkeypatch):
     "Reading takes 0.1 s and a step 0.25 s: two batches are on the shelf when a round begins, and still the step waits"
     def slowly(*arguments):

@@ -251,9 +251,12 @@ def test_full_disk(tmp_path, undisturbed):
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     write_whole(tmp_path / "a" / "b.txt", b"one")
     monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(RuntimeError, match="b.txt could not be written.*No space left.*intact"):
-        write_whole(tmp_path / "a" / "b.txt", b"two")
-    assert [f.read_bytes() for f in (tmp_path / "a").iterdir()] == [b"one"]
+    for kept in (False, True):
+        with pytest.raises(RuntimeError, match="b.txt could not be written.*No space left.*intact") as full:
+            write_whole(tmp_path / "a" / "b.txt", b"two")
+        assert ("the run continues" in str(full.value)) == kept
+        (tmp_path / "a" / "checkpoint.pt").write_bytes(b"one")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "a").iterdir()} == {"b.txt": b"one", "checkpoint.pt": b"one"}
 
 
 def test_drafts_of_several_writers_do_not_meet(tmp_path):

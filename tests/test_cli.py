@@ -473,8 +473,8 @@ def test_a_full_disk_names_the_file(folder, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     assert main(["explain", str(folder / "cat.png"), "--size", "32", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
-    assert "No space left on device" in (said := capsys.readouterr().err) and "index.html" in said
-    assert not (tmp_path / "out" / "index.html").exists()
+    assert "No space left on device" in (said := capsys.readouterr().err) and "maps.npz" in said
+    assert not (tmp_path / "out" / "maps.npz").exists() and not (tmp_path / "out" / "index.html").exists()
 
 
 # ------------------------------------------------------------------ what explain computes and writes
@@ -575,10 +575,10 @@ def test_what_reproduce_and_bench_are_told(monkeypatch, capsys):
     asked = []
     monkeypatch.setenv("XAI_COMPANION_PROFILE", "cpu")
     monkeypatch.setattr("xai_companion.reproduce.reproduce", lambda *told: asked.append((os.environ["XAI_COMPANION_PROFILE"], *told)) or 75)
-    monkeypatch.setattr("xai_companion.bench.bench", lambda record: asked.append(record) or 1)
+    monkeypatch.setattr("xai_companion.bench.bench", lambda *told: asked.append(told) or 1)
     assert main(["reproduce"]) == main(["reproduce", "sise", "edda", "--profile", "smoke", "--record", "--minutes", "0", "--check"]) == 75
-    assert main(["bench"]) == main(["bench", "--record"]) == 1
-    assert asked == [("cpu", None, False, None, False), ("smoke", ["sise", "edda"], True, 0.0, True), False, True]
+    assert main(["bench"]) == main(["bench", "--record", "--device", "cuda"]) == 1
+    assert asked == [("cpu", None, False, None, False), ("smoke", ["sise", "edda"], True, 0.0, True), (False, None), (True, "cuda")]
 
     def interrupted(*told):
         raise KeyboardInterrupt

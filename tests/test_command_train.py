@@ -330,7 +330,7 @@ def test_edda_on_files_of_voc(tmp_path, capsys):
 
 def test_too_many_images_for_the_memory(monkeypatch, photos, tmp_path):
     monkeypatch.setattr(tensors, "_free_memory", lambda device: 1000)
-    with pytest.raises(RuntimeError, match="30 images of 16 pixels.*take a smaller size or fewer images"):
+    with pytest.raises(RuntimeError, match="24 images of 16 pixels.*take a smaller size or fewer images"):
         run("--debug", "--data", photos / "plain", *SHORT, "--out", tmp_path / "out")
 
 
@@ -343,16 +343,15 @@ def test_every_class_keeps_images_to_learn_from(seed):
     from xai_companion.commands.train import _mixed, _split_off
     for counts, learned in (((10, 10, 1), {(8, 7, 1), (7, 8, 1)}), ((40, 20, 2), {(32, 16, 2), (31, 16, 2)})):
         labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
-        images = torch.arange(len(labels))
-        (train, of_train), (val, of_val) = _split_off(images, labels, seed)
-        assert sorted([*train.tolist(), *val.tolist()]) == images.tolist() and torch.equal(labels[train], of_train)
-        assert torch.equal(labels[val], of_val) and tuple(of_train.bincount(minlength=3).tolist()) in learned
-        again, other = _split_off(images, labels, seed), _split_off(images, labels, seed + 1)
-        assert torch.equal(again[0][0], train) and not torch.equal(other[0][0], train)
+        train, val = _split_off(labels, seed)
+        assert sorted([*train.tolist(), *val.tolist()]) == [*range(len(labels))]
+        assert tuple(labels[train].bincount(minlength=3).tolist()) in learned
+        again, other = _split_off(labels, seed), _split_off(labels, seed + 1)
+        assert torch.equal(again[0], train) and not torch.equal(other[0], train)
         order = labels[_mixed(labels, seed)]
         assert len(order[:3].unique()) == 3 and (order[:len(order) // 2].bincount() - torch.tensor(counts) / 2).abs().max() <= 1
     with pytest.raises(ValueError, match="one image of each class"):
-        _split_off(torch.arange(3), torch.arange(3), seed)
+        _split_off(torch.arange(3), seed)
 
 
 def test_the_seed_chooses_the_images(photos):
@@ -366,6 +365,28 @@ def test_the_seed_chooses_the_images(photos):
     assert torch.equal(with_val[0]["val"][0], with_val[1]["val"][0]) and not torch.equal(with_val[0]["train"][0], with_val[1]["train"][0])
 
 
+def test_folders_beside_train_are_named(photos, tmp_path, capsys):
+    "Somebody whose classes are vehicles has a folder train beside the others"
+    shutil.copytree(photos / "parts", tmp_path / "parts")
+    shutil.copytree(photos / "plain" / "dark", tmp_path / "parts" / "tram")
+    (tmp_path / "parts" / "notes").mkdir()
+    assert run("--data", tmp_path / "parts", *SHORT, "--epochs", 1, "--out", tmp_path / "out") == 0
+    assert "not used, since there is a folder train beside: tram\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["plain", "parts"])
+def test_only_the_chosen_images_are_read(photos, part, monkeypatch):
+    "Which ones follows from the classes; a smoke run of a large set must not open all of it"
+    from xai_companion.commands.train import read_data
+    from xai_companion.data.readers import ImageFolder
+    opened, whole = [], ImageFolder.__getitem__
+    monkeypatch.setattr(ImageFolder, "__getitem__", lambda self, index: opened.append((self.split, index)) or whole(self, index))
+    found = read_data(str(photos / part), None, 16, 4, 0, held=3)
+    counts = [len(found[name][1]) for name in ("train", "val")]
+    assert len(opened) == sum(counts) == len(set(opened)) and counts[0] == 4
+    assert counts[1] == 3 if part == "parts" else counts[1] > 3  # what is split off is a fifth of all
+
+
 def test_which_images_the_command_asks_for(photos, tmp_path, monkeypatch):
     class Asked(Exception):
         pass
@@ -373,13 +394,14 @@ def test_which_images_the_command_asks_for(photos, tmp_path, monkeypatch):
     def asked(*arguments):
         raise Asked(*arguments)
     monkeypatch.setattr("xai_companion.commands.train.read_data", asked)
-    for words, wanted in (((), ("synthetic", None, 64, None, 0, False, False)),
+    for words, wanted in (((), ("synthetic", None, 64, None, 0, False, False, None)),
                           (("--data", "cifar10", "--root", "r", "--size", 32, "--n", 9, "--seed", 3, "--test", "--workers", 0),
-                           ("cifar10", "r", 32, 9, 3, True, True)),
-                          (("--config", "ce_cifar100", "--smoke"), ("cifar100", None, 32, 256, 0, False, False))):
+                           ("cifar10", "r", 32, 9, 3, True, True, None)),
+                          (("--config", "ce_cifar100", "--smoke"), ("cifar100", None, 32, 256, 0, False, False, 256))):
         with pytest.raises(Asked) as found:
             run(*words, "--device", "cpu", "--out", tmp_path)
-        assert found.value.args[:-1] == wanted and found.value.args[-1].name == "ce"
+        *first, recipe, held = found.value.args
+        assert (*first, held) == wanted and recipe.name == "ce"
 
 
 def test_a_new_classifier_is_drawn_by_the_seed_alone():

@@ -703,3 +703,10 @@ def test_what_the_command_passes_on(tmp_path, monkeypatch, capsys):
         assert found.value.args == wanted
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command(*words, "--fresh") == 2 and "--fresh deletes what other processes may be writing" in capsys.readouterr().err
+
+
+def test_a_plan_is_made_where_the_device_is_missing(network, tmp_path):
+    "On the computer of a plan there may be no GPU; what the run on one has kept is another thing than what a CPU has"
+    usual = {"explainers": {"cam": GradCAM(network)}, "data": Street(), "metrics": ("drop",), "folder": tmp_path}
+    evaluate(**usual)
+    assert is_finished(**usual, device="cpu") and not is_finished(**usual, device="cuda")

@@ -78,7 +78,7 @@ def test_a_temperature_needs_errors_to_learn_from():
     ([(0, 0, 0.9), (0, 1, 0.3)], "On average, confidence and accuracy differ by 10.0 points, which may be chance (n = 2)."),
     ([(0, 0, 0.9)], "On average, confidence and accuracy differ by 10.0 points, which may be chance (n = 1)."),
     ([(0, 1, 0.9), (0, 1, 0.8), (0, 0, 0.7), (1, 0, 0.6), (1, 1, 0.5)], "The weakest class is ant: 1 of 3 right."),
-    ([(0, 1, 0.9), (0, 1, 0.8), (0, 0, 0.7), (1, 0, 0.6), (1, 1, 0.5)], "The most frequent confusion: ant is taken for bee 2 times, of 3 images."),
+    ([(0, 1, 0.9), (0, 1, 0.8), (0, 0, 0.7), (1, 0, 0.6), (1, 1, 0.5)], "The most frequent confusion: 2 of 3 images of ant are taken for bee."),
     ([(0, 0, 0.9)], "25 % of the confidence is lost on average (Drop, n = 1)"),
 ])
 def test_sentences(rows, sentence):

@@ -373,6 +373,22 @@ def test_collapse_is_measured_with_the_images_and_backgrounds_that_were_there(na
         warnings.simplefilter("error")  # in the first of ten epochs the learning rate rises: the loss of a young network is near that value
         recipe.watch([{"part": "encoder", "epoch": epoch, "loss": value} | shares for epoch in (1, 2)])
         recipe.watch([{"part": "encoder", "epoch": epoch, "loss": 0.95 * value} | shares for epoch in (2, 3)])
+        recipe.watch([{"part": "encoder", "epoch": epoch, "loss": value} | shares for epoch in (2, 3)] + [{"part": "classifier", "epoch": 3}])  # said before
+
+
+@pytest.mark.parametrize("name", ["supcon", "exconb"])
+def test_a_frozen_classifier_is_said_before_the_first_epoch(name, tmp_path):
+    model = net()
+    classifier_of(model)[1].requires_grad_(False)
+    with pytest.raises(ValueError, match="classifier .* is frozen"):
+        fit(config(name), toy(), model=model, folder=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_images_too_small_for_the_network_are_said():
+    images, labels = toy()
+    with pytest.raises(ValueError, match="cannot take images of 2 x 2 pixels"):
+        fit(Config(size=2, batch=8, epochs=1), (images[..., :2, :2].contiguous(), labels))
 
 
 def test_collapse_is_named():
@@ -391,7 +407,7 @@ def test_collapse_is_named():
 
 @pytest.mark.parametrize("name, options, words", [
     ("ce", {"tau": 0.5}, "no option 'tau'"), ("edda", {"taus": 0.5}, "did you mean 'tau'"), ("edda", {"tau": 1.5}, "tau must"),
-    ("edda", {"share": -1}, "share must"), ("edda", {"fill": "white"}, "fill must"), ("edda", {"refresh": 0.5}, "refresh"),
+    ("edda", {"share": -1}, "share must"), ("edda", {"share": 0}, "share must be above 0"), ("edda", {"fill": "white"}, "fill must"), ("edda", {"refresh": 0.5}, "refresh"),
     ("edda", {"drop_target": "zero"}, "drop_target must"), ("edda", {"drop_weight": -1}, "drop_weight must be at least 0 and finite"),
     ("edda", {"keep_weight": float("nan")}, "keep_weight must"), ("edda", {"drop_weight": float("inf")}, "drop_weight must"), ("edda", {"tau": float("nan")}, "tau must"),
     ("excon", {"method": "gradcan"}, "gradcam"), ("excon", {"tau": -0.1}, "tau must"), ("supcon", {"temperature": 0}, "temperature must"),
@@ -562,7 +578,7 @@ def test_an_augmentation_that_means_nothing_is_refused(recipe):
         config(recipe, augmentation="none")
 
 
-@pytest.mark.parametrize("options, words", [({"share": 0.0}, "at least one pixel"), ({"share": 0.0005}, "at least one pixel"),
+@pytest.mark.parametrize("options, words", [({"share": 0.0}, "share must be above 0"), ({"share": 0.0005}, "at least one pixel"),
                                             ({"p": 0.2}, "p must lie in .0, 1. for 'share'")])
 def test_impossible_options_of_edda_are_told_before_the_training(options, words):
     with pytest.raises(ValueError, match=words):

@@ -265,3 +265,10 @@ def test_bad_steps(model, images):
 def test_an_attack_needs_the_true_classes(attack):
     with pytest.raises(ValueError, match="labels are needed, the true class of each image"):
         attack(load_model("plain_cnn"), torch.rand(1, 3, 64, 64), None, 4 / 255)
+
+
+@ATTACKS
+def test_a_model_with_one_output_is_refused(attack):
+    "Its cross-entropy is always 0, so it would look as if no attack could do anything"
+    with pytest.raises(ValueError, match="one output"):
+        attack(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), rand(2, 3, 2, 2), 0, EPS)

@@ -14,6 +14,21 @@ def test_a_plan_by_hand():
     assert out_of_time("cell [3]: OutOfTime: the next step: none") == "the next step: none" and not out_of_time("cell [3]: ValueError: OutOfTime")
 
 
+def test_a_step_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    "What there is is stored, and the error comes at the end"
+    ran, stored = [], []
+
+    def broken():
+        raise ValueError("no such kernel")
+    steps = [Step("a", 5, broken), Step("b", 5, partial(ran.append, "b"), lambda: "b" in ran)]
+    monkeypatch.setenv(TIME_BOX, "inf")
+    with pytest.raises(RuntimeError, match="failed: a. The other steps are done") as end:
+        take_steps(steps, lambda: stored.append(list(ran)))
+    assert str(end.value.__cause__) == "no such kernel" and ran == ["b"] and stored == [["b"]]
+    said = capsys.readouterr()
+    assert "step: 1 of 2 failed after 0:00 min" in said.out and "step: 2 of 2 took" in said.out and "no such kernel" in said.err
+
+
 def test_what_is_done_in_a_time_box(monkeypatch, capsys):
     ran, stored = [], []
     steps = [Step(name, seconds, partial(ran.append, name), lambda name=name: name in ran) for name, seconds in (("a", 5), ("b", 100), ("c", 101))]

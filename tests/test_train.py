@@ -13,6 +13,7 @@ from torchvision.models import googlenet
 
 from xai_companion.data.datasets import load_dataset
 from xai_companion.data.loader import epoch_order
+from xai_companion.data.synthetic import Synthetic
 from xai_companion.explain.contract import assert_untouched, footprint, generators
 from xai_companion.train import (
     RECIPES,
@@ -276,6 +277,19 @@ def test_images_of_another_kind(make, kind):
     for train, val in ((make(images, labels), None), ((images, labels), make(images, labels))):
         with pytest.raises(TypeError, match=f"not a {kind}: data.items.Pairs.* ImageSet"):
             fit(Config(size=16), train, val)
+
+
+@pytest.mark.parametrize("recipe", ["ce", "supcon"])
+def test_workers_start_once_for_all_passes(recipe, monkeypatch):
+    "Processes that read go on from epoch to epoch, and end with the run"
+    from torch.utils.data import dataloader
+    started = []
+    make = dataloader.DataLoader.__iter__
+    monkeypatch.setattr(dataloader.DataLoader, "__iter__", lambda self: started.append(self.num_workers) or make(self))
+    whole, streamed = (fit(Config(recipe, "plain_cnn", size=32, epochs=2, batch=8), Synthetic("train", n=24, size=32), workers=workers)
+                       for workers in (None, 1))
+    assert started.count(1) == 1 and streamed.stream is None
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), streamed.model.state_dict().values(), strict=True))
 
 
 def test_workers_read_sets_and_not_tensors():

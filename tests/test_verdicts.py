@@ -292,7 +292,7 @@ def test_methods_of_a_headline_have_their_own_n(quick):
 def test_a_method_of_a_headline_is_one_row_of_its_table():
     found = Counter()
     for paper, lines in HEADLINES.items():
-        for table, metric, methods, fixed, _ in lines:
+        for table, metric, methods, fixed, *_ in lines:
             for profile, records in load(paper, table, ROOT / "results").items():
                 configs = [{k: v for k, v in r["config"].items() if k != "version"} for r in records
                            if {"metric": metric}.items() | fixed.items() <= r["config"].items()]

@@ -41,11 +41,12 @@ def add_reproduce(commands):
 def run_bench(args) -> int:
     "xai-companion bench"
     from xai_companion.bench import bench
-    return bench(record=args.record)
+    return bench(args.record, args.device)
 
 def add_bench(commands):
     "The arguments of `bench`"
     p = commands.add_parser("bench", help="time our explainers against the bare forward pass and other libraries")
+    p.add_argument("--device", help="auto, cpu or cuda (default: the device of the settings)")
     p.add_argument("--record", action="store_true", help="store the numbers in results/bench/")
     p.set_defaults(run=run_bench)
 

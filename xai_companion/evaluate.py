@@ -192,12 +192,16 @@ def _config(explainer, model_key, data, metrics, settings):
     return {"explainer": describe(explainer), "model": model_key, "data": data.fingerprint, "metrics": [*map(_named, sorted(metrics))],
             "package": __version__, **{k: _plain(v) for k, v in settings.items() if k != "chunk"}}
 
+def _kind(model, device):
+    "Of which kind the device is; a plan may be made on a computer that has none"
+    return (placed(model, None) if device is None else pick_device(device) if device == "auto" else torch.device(device)).type
+
 def _work(explainers, data, metrics, n=None, seed=0, size=None, batch=8, device=None, score=None, **options):
     "The order of the images, the batches, and for each explainer everything that determines its rows"
     order, model = seeded_order(len(data), n, seed), _only_model(explainers, metrics)
     key = f"{model_fingerprint(model)} {_structure(model)}"
     batches = [range(start, min(start + batch, len(order))) for start in range(0, len(order), batch)]
-    settings = {"seed": seed, "size": size, "batch": batch, "device": (placed(model, None) if device is None else pick_device(device)).type,
+    settings = {"seed": seed, "size": size, "batch": batch, "device": _kind(model, device),
                 "score": score or default_score(data), **options}
     return order, batches, {label: _config(e, key, data, metrics, settings) for label, e in explainers.items()}
 

@@ -159,7 +159,7 @@ def _about_errors(facts):
         )
     sure = int((facts.confidence[~facts.correct] >= 0.9).sum())
     verb = "is" if wrong == 1 else "are"
-    return f"{wrong} of {n} predictions {verb} wrong, {sure} of them with a confidence of 90 % or more."
+    return f"{wrong} of {n} predictions {verb} wrong, {sure or 'none'} of them with a confidence of 90 % or more."
 
 def _about_confidence(facts):
     gap = estimate(facts.confidence - facts.correct)
@@ -179,8 +179,8 @@ def _about_classes(facts, names):
         lines = [f"The weakest class is {names[weakest['label']]}: {weakest['right']} of {weakest['n']} right."]
     if len(pairs) and pairs["count"][0] > 1:
         top = pairs.iloc[0]
-        lines.append(f"The most frequent confusion: {names[top.label]} is taken for {names[top.predicted]} "
-                     f"{top['count']} times, of {top.of} images.")
+        lines.append(f"The most frequent confusion: {top['count']} of {top.of} images of {names[top.label]} are taken for "
+                     f"{names[top.predicted]}.")
     return lines
 
 def _about_places(facts):

@@ -103,7 +103,7 @@ def default_chunk(images: Tensor  # (N, C, H, W), on the device that computes
 # %% ../nbs/07_masking.ipynb #581dd266
 def is_out_of_memory(error: RuntimeError) -> bool:
     "Is this what PyTorch raises when a device has no memory left"
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "unable to find an engine")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 def _try(step, part) -> bool:
@@ -174,6 +174,17 @@ def check_dtype(dtype: torch.dtype | str | None  # also by name
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16 or None, or the name of one, got {dtype!r}")
     return None if found == torch.float32 else found
 
+def _add_up(into, own, parts):
+    "Add each part to the map of its image; on a GPU as a product, since `index_add_` has another order, and last bits, each time there"
+    if into.device.type == "cpu":
+        into.index_add_(0, own, parts.to(into.dtype))
+        return
+    place = parts.new_zeros(len(into), len(own))
+    place[own, torch.arange(len(own), device=own.device)] = 1
+    with torch.autocast(into.device.type, enabled=False):
+        into += (place @ parts.flatten(1)).view_as(into)
+
+# %% ../nbs/07_masking.ipynb #7d3e7a25
 def masked_scores(model: nn.Module,  # takes images in [0, 1], returns logits (N, K)
                   images: Tensor,    # (N, C, H, W) in [0, 1]
                   masks: Tensor | Callable,  # (M, 1, h, w), or a function from a slice of range(M) to such masks
@@ -210,7 +221,7 @@ def masked_scores(model: nn.Module,  # takes images in [0, 1], returns logits (N
         scores[part] = scores_at(logits, classes[own], score)
         if into is not None:
             weight = scores[part] / mask.sum((1, 2, 3)).clamp_min(torch.finfo(exact).tiny) if unit else scores[part]
-            into.index_add_(0, own, (mask * weight.view(-1, 1, 1, 1)).to(into.dtype))
+            _add_up(into, own, mask * weight.view(-1, 1, 1, 1))
 
     with evaluating(model), torch.inference_mode(), torch.autocast(images.device.type, dtype) if dtype else nullcontext():
         target = pick_target(check_logits(model(images), len(images))) if target is None else target

@@ -151,7 +151,7 @@ def show_plan(notebooks: list[Path],  # in the order of the run
             total += seconds
             if total > HOUR:
                 late.setdefault(paper_name(notebook), []).append(seconds)
-    print(f"\nIn all about {clock(total)} min (estimated). " + ("Not in the first hour:" if late else "It fits an hour."))
+    print(f"\nIn all about {clock(total)} min (estimated). " + ("Not in the first hour:" if late else "" if status else "It fits an hour."))
     for paper, seconds in late.items():
         print(f"  xai-companion reproduce {paper} --profile {profile}  # {len(seconds)} steps, {clock(sum(seconds))} min")
     return status

@@ -221,12 +221,13 @@ class Headline(NamedTuple):
     methods: tuple
     fixed: dict = {}          # what else the config says
     where: str | None = None  # network and data, unless the config names a testbed
+    name: str = ""            # of the metric, if the table has a longer one
 
 # %% ../nbs/02b_overview.ipynb #7d3e6c07
 CAMS, TRAINED = ("Grad-CAM", "SISE"), ("Cross-entropy", "Random occlusion", "EDDA")
 INTEGRATED = ("Grad-CAM", "Grad-CAM++", "Integrated Grad-CAM")
 CONTRAST = ("Cross-entropy", "SupCon", "SupCon, clean view", "ExCon", "ExConB")
-DRAWN, TWENTY = "plain CNN, creatures", "plain CNN, 20 classes of Tiny ImageNet"
+DRAWN, TWENTY = "plain CNN, creatures", "plain CNN, photographs"
 FIFTY, WHOLE = "ResNet-18, 50 classes of Tiny ImageNet", "ResNet-18, Tiny ImageNet at 64 pixels"
 
 HEADLINES = {
@@ -245,7 +246,7 @@ HEADLINES = {
               Headline("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet_20"}, TWENTY),
               Headline("accuracy", "Accuracy", CONTRAST, {"data": "tiny_imagenet", "model": "resnet18"}, WHOLE),
               Headline("accuracy", "Accuracy", CONTRAST, {"data": "cifar100", "model": "resnet50"}, "ResNet-50, CIFAR-100"),
-              Headline("shift", "ECE, 15 bins, mean over severities", CONTRAST, {"data": "synthetic"}, DRAWN)),
+              Headline("shift", "ECE, 15 bins, mean over severities", CONTRAST, {"data": "synthetic"}, DRAWN, "ECE under corruptions")),
 }
 
 # %% ../nbs/02b_overview.ipynb #7d3e6c09
@@ -271,13 +272,13 @@ def headlines(paper: str  # sise, ada_sise, integrated_gradcam, edda or excon
               ) -> pd.DataFrame:
     "A few rows of a paper's tables: a line per metric and stored profile, a column per method; below it the command of each profile"
     names, lines, commands = [], [], {}
-    for table, metric, methods, fixed, where in HEADLINES[paper]:
+    for table, metric, methods, fixed, where, name in HEADLINES[paper]:
         for profile, records in load(paper, table).items():
             own = [rows for rows in newest(records).values() if {"metric": metric}.items() | fixed.items() <= rows[0]["config"].items()]
             found = {method: rows for method in methods for rows in own if rows[0]["config"]["row"] == method}
             if found:
                 found, r = _shared(found), next(iter(found.values()))[0]
-                names.append(f"{metric} ({r['unit']}), {r['config'].get('testbed', where)}")
+                names.append(f"{name or metric} ({r['unit']}), {r['config'].get('testbed', where)}")
                 lines.append({method: grid_cell(rows) for method, rows in found.items()} | {"n": _counts(list(found.values())), "profile": profile})
                 commands[profile] = f"`xai-companion reproduce {paper} --profile {profile} --record`"
     columns = [*dict.fromkeys(method for line in HEADLINES[paper] for method in line.methods), "n", "profile"]

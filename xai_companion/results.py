@@ -290,6 +290,10 @@ def grid_cell(records: list  # of one row: the same config, one per seed
     decimals = min(max(1 - math.floor(math.log10(half)), 0), 6)
     return f"{_number(value, decimals)} ± {_number(half, decimals)}"
 
+def _span(counts) -> str:
+    "The smallest and the largest of what n counts, such as 16 to 48"
+    return " to ".join(dict.fromkeys(end(counts, key=lambda count: int(count.split()[0].strip(","))) for end in (min, max) if counts))
+
 def grid(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
          table: str   # name of the table
          ) -> pd.DataFrame:
@@ -305,13 +309,13 @@ def grid(paper: str,  # sise, ada_sise, integrated_gradcam, edda or excon
             if records[0]["paper"] != NOT_AVAILABLE:
                 lines.setdefault((label, "paper"), {})[column] = str(records[0]["paper"]["value"])
             lines.setdefault((label, source), {})[column] = grid_cell(records)
-            counts.setdefault((label, source), set()).add(records[0]["n"])
+            counts.setdefault((label, source), set()).add(summarize(records)[2].removeprefix("n="))
     if not lines:
         return _notice(paper, table)
     names = dict(zip(configs, _labels([*configs.values()]), strict=True))
     order = sorted(lines, key=lambda line: ([*configs].index(line[0]), line[1] != "paper"))
     body = pd.DataFrame([lines[line] for line in order]).fillna("")
-    body.insert(0, "n", [" to ".join(map(str, sorted({min(c), max(c)}))) if (c := counts.get(line)) else "" for line in order])
+    body.insert(0, "n", [_span(counts.get(line, ())) for line in order])
     return Table(body.to_dict("list"), index=pd.MultiIndex.from_tuples([(names[label], source) for label, source in order]))
 
 # %% ../nbs/02_results.ipynb #5ddef71e

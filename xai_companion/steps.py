@@ -9,6 +9,7 @@ __all__ = ['TIME_BOX', 'PLANNED', 'Step', 'OutOfTime', 'out_of_time', 'clock', '
 import os
 import re
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,24 +50,40 @@ def read_plan(text: str  # with what `plan` gives somewhere in it
     found = re.findall(r"^plan: +(\d+):(\d\d)  (.*)$", text, re.MULTILINE)
     return [(60 * int(minutes) + int(seconds), title) for minutes, seconds, title in found]
 
+
+# %% ../nbs/48_steps.ipynb #7d3e7a21
+def _taken(step, place) -> Exception | None:
+    "Take a step, and say how long it took; the error that ended it, printed here, is for later"
+    start, error = time.time(), None
+    print(f"step: {place}, {step.title} ...", flush=True)
+    try:
+        step.run()
+    except Exception as found:  # of whatever the step does
+        error = found
+        traceback.print_exc()
+    print(f"step: {place} {'failed after' if error else 'took'} {clock(time.time() - start)} min", flush=True)
+    return error
+
 def take_steps(steps: list[Step],
-               leave: Callable[[], object] = lambda: None,  # stores what there is, when the time is over before the end
+               leave: Callable[[], object] = lambda: None,  # stores what there is, when it ends before all is done
                ):
     "Inside a time box: print the plan, then do what is left, as far as the time goes; else do nothing"
     if TIME_BOX not in os.environ:
         return
-    until = float(os.environ[TIME_BOX])
+    until, failed = float(os.environ[TIME_BOX]), {}
     print(plan(steps), flush=True)
     if until == 0:
         raise OutOfTime("the plan only")
     for number, step in enumerate(steps, 1):
         if step.done():
             continue
-        left, start = until - time.time(), time.time()
+        left = until - time.time()
         if step.seconds > left:
             leave()
             raise OutOfTime(f"the next step, {step.title}, takes about {clock(step.seconds)} min and {clock(max(left, 0))} are left: "
                             "the same command goes on with it")
-        print(f"step: {number} of {len(steps)}, {step.title} ...", flush=True)
-        step.run()
-        print(f"step: {number} of {len(steps)} took {clock(time.time() - start)} min", flush=True)
+        if error := _taken(step, f"{number} of {len(steps)}"):
+            failed[step.title] = error
+    if failed:
+        leave()
+        raise RuntimeError(f"failed: {'; '.join(failed)}. The other steps are done; the same command tries these again") from [*failed.values()][0]

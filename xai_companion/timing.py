@@ -8,6 +8,7 @@ __all__ = ['VIEWS', 'rounds', 'timing_record', 'ratio_record', 'bare_passes', 'l
 
 # %% ../nbs/65a_timing.ipynb #c7e1904a
 import time
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from statistics import median
@@ -139,7 +140,12 @@ def small_resnet(device: str) -> nn.Module:
     "A ResNet-18 for small images, as it is trained"
     return load_model("resnet18", None, 200, small=True, device=device).train().to(memory_format=torch.channels_last)
 
-def bench_loader(repeats: int = 5, device: str = "cpu", batch: int = 128, size: int = 64) -> list[dict]:
+def bench_loader(repeats: int = 5,  # rounds
+                 device: str = "cpu",
+                 batch: int = 128,  # images a step
+                 size: int = 64,    # side in pixels
+                 steps: int = 1,    # in a round: a GPU is fed ahead, and waited for at the end
+                 ) -> list[dict]:
     "Indexing and augmenting a batch, as a share of the passes of a training step on its views"
     images = torch.randint(256, (4 * batch, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
     resident, generator = Resident(images.to(device), torch.arange(4 * batch)), torch.Generator().manual_seed(0)
@@ -151,7 +157,8 @@ def bench_loader(repeats: int = 5, device: str = "cpu", batch: int = 128, size: 
     records = []
     for name, views in (("crop", 1), ("resized_crop", 1), ("simclr", 2)):
         step = bare_step(model, torch.cat(pipeline(name, views)))
-        seconds = rounds({"pipeline": lambda n=name, v=views: pipeline(n, v), "step": step}, repeats, device)
+        several = {"pipeline": partial(pipeline, name, views), "step": step}
+        seconds = rounds({who: lambda act=act: [act() for _ in range(steps)] for who, act in several.items()}, repeats, device)
         records.append(ratio_record(f"{name}, {views} view{'s' * (views > 1)} an image", seconds["pipeline"], seconds["step"], "%", 100.0,
                            device=device, dtype=precision(device), data="random bytes", model="resnet18 small", batch=batch, size=size))
     return records

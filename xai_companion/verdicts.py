@@ -15,11 +15,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from .core import PROFILES
 from .figures import LOOK, subplots
 from .records import mean_interval, record
 from .results import TIMES, Table, load, save
+from .viz import method_label
 
 # %% ../nbs/02a_verdicts.ipynb #f44fe8b0
 def paired_p(differences  # (N,): one per image, or per seed
@@ -253,7 +255,7 @@ def forest(paper: str,   # sise, ada_sise, integrated_gradcam, edda or excon
     rivals = list(dict.fromkeys(r["config"]["rival"] for r in stored if r["config"]["metric"] in names))
     settings = list(dict.fromkeys(r["config"]["setting"] for r in stored))
     with plt.rc_context(LOOK):
-        height = 0.9 + len(rivals) * max(0.34, 0.13 * len(settings))
+        height = 1.15 + len(rivals) * max(0.34, 0.13 * len(settings))
         fig, axes = subplots(1, len(names), (7, height), sharey=True, squeeze=False)
         for ax, name in zip(axes[0], names, strict=True):
             panel = [r for r in stored if r["config"]["metric"] == name]
@@ -265,10 +267,11 @@ def forest(paper: str,   # sise, ada_sise, integrated_gradcam, edda or excon
                 ax.plot(r["value"], y, marker=marker, markersize=4, color=color, mfc=color if judged(r) == "supported" else "white")
             _shade(ax, panel[0]["config"]["claimed"], panel[0]["unit"])
             ax.set_title(name)
+            ax.xaxis.set_major_locator(MaxNLocator(3 if len(names) > 4 else 5))
         axes[0, 0].set_yticks(range(len(rivals)), rivals)
         axes[0, 0].set_ylim(len(rivals) - 0.5, -0.5)
         handles = [plt.Line2D([], [], color=c, marker=m, label=text) for text, (c, m) in zip(settings, SETTING_STYLES, strict=False)]
-        handles += [plt.Line2D([], [], color="black", marker="o", linestyle="", label="filled: supported; hollow: not", markersize=4),
-                    plt.Rectangle((0, 0), 1, 1, color="0.9", label="grey: what the paper claims")]
+        handles += [plt.Line2D([], [], color="black", marker="o", linestyle="", label="filled: supported; hollow: not", markersize=4)]
+        fig.suptitle(f"{method_label(paper)} minus the method on the left; grey: what the paper claims", fontsize="medium")
         fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return fig

@@ -188,22 +188,30 @@ def _tiles(pictures: list,  # rows of pictures (3, H, W); None leaves a hole
 # %% ../nbs/01_viz.ipynb #c3db75a1
 def one_each(texts,       # one per image; None: empty ones
              count: int,  # images
-             what: str    # the texts are, for an error
+             what: str,   # the texts are, for an error
+             of: str = "images",  # what each is for
              ) -> list[str]:
     "A text per image"
     texts = [""] * count if texts is None else [str(t) for t in texts]
     if len(texts) != count:
-        raise ValueError(f"{len(texts)} {what} for {count} images: give one per image")
+        raise ValueError(f"{len(texts)} {what} for {count} {of}: give one for each")
     return texts
 
 def _folded(text, tile):
-    "In lines that fit above a picture of so many inches; Grad-CAM stays in one"
-    return textwrap.fill(text, max(8, int(tile * 15)), break_on_hyphens=False)
+    "In lines that fit above a picture of so many inches; Grad-CAM stays in one, what is too long for one breaks at its hyphens"
+    width = max(8, int(tile * 15))
+    return textwrap.fill(text, width, break_on_hyphens=any(len(word) > width for word in text.split()))
+
+def _name_rows(axes, names, tile):
+    "Write the names left of the rows, each as high as a picture, which is smaller than its tile"
+    for ax, name in zip(axes[:, 0], names, strict=True):
+        ax.set_ylabel(_folded(name, 0.75 * tile))
 
 def show_images(images: torch.Tensor,  # images (N, 1 or 3, H, W) in [0, 1]
                 titles=None,           # N texts, shown above the images
                 columns: int = 4,      # images per row
-                tile: float = 1.6      # width of an image in inches
+                tile: float = 1.6,     # width of an image in inches
+                rows=None,             # a text per row, shown left of it
                 ) -> Figure:
     "Images in a grid"
     check_counts(columns=columns)
@@ -214,6 +222,7 @@ def show_images(images: torch.Tensor,  # images (N, 1 or 3, H, W) in [0, 1]
         fig, axes = _tiles([pictures[i:i + columns] for i in range(0, len(pictures), columns)], tile)
         for ax, title in zip(axes.flat, titles, strict=False):
             ax.set_title(_folded(title, tile))
+        _name_rows(axes, one_each(rows, len(axes), "row names", "rows"), tile)
     return fig
 
 # %% ../nbs/01_viz.ipynb #0a8c9577
@@ -236,8 +245,7 @@ def show_maps(images: torch.Tensor,        # images (N, 1 or 3, H, W) in [0, 1]
         fig, axes = _tiles(list(zip(*columns, strict=True)), tile)
         for ax, name in zip(axes[0], ["Image", *map(method_label, maps)], strict=True):
             ax.set_title(_folded(name, tile))
-        for ax, title in zip(axes[:, 0], titles, strict=True):
-            ax.set_ylabel(_folded(title, 0.75 * tile))  # as high as a picture, which is smaller than its tile
+        _name_rows(axes, titles, tile)
         bar = fig.colorbar(ScalarMappable(cmap=options.get("cmap", CMAP)), ax=axes, fraction=0.02, pad=0.02, aspect=30)
         bar.set_ticks([0, 1], labels=["low", "high"])
         bar.outline.set_visible(False)
@@ -265,8 +273,8 @@ def _name_lines(ax, ends: dict  # (x, y) of the right end by method
     height = ax.figure.get_figheight() * 0.8
     points = ax.transAxes.inverted().transform(ax.transData.transform(list(ends.values())))
     for name, y in zip(ends, _spread(points[:, 1].clip(0, 1), 0.16 / height), strict=True):
-        ax.plot([1.02, 1.06, 1.1], [y] * 3, transform=ax.transAxes, clip_on=False, markevery=[1], **method_style(name))
-        ax.text(1.12, y, method_label(name), transform=ax.transAxes, va="center")
+        ax.plot([1.02, 1.08, 1.14], [y] * 3, transform=ax.transAxes, clip_on=False, markevery=[1], **method_style(name))
+        ax.text(1.16, y, method_label(name), transform=ax.transAxes, va="center")
 
 # %% ../nbs/01_viz.ipynb #df1c1591
 def curves(x,                      # T numbers, shared by the lines

@@ -39,7 +39,8 @@ def _check(args):
     for found in check_dataset(args.name, args.split, args.root, counts=not args.subset, fast=args.fast):
         keys = ("images", "opened", "classes", "with boxes", "with masks")
         counts = ", ".join(f"{found[key]:,} {key}" for key in keys)
-        print(f"{found['set']} {found['split']}: {counts}. Whole. Fingerprint: {found['fingerprint']}")
+        whole = "Whole." if found["opened"] == found["images"] else "Nothing is wrong with those that were opened."
+        print(f"{found['set']} {found['split']}: {counts}. {whole} Fingerprint: {found['fingerprint']}")
 
 def run_data(args  # what the parser found
              ) -> int:  # exit code

@@ -49,15 +49,18 @@ def _mixed(labels, seed):
         place[own] = torch.arange(len(own)) / len(own)
     return order[place.argsort(stable=True)]
 
-def _split_off(images, labels, seed, share=5):
-    "Training and validation parts of tensors: a fifth of each class is kept back, but not its only image"
+def _some(chosen, labels, count, seed):
+    "At most so many of the chosen images, by class, in their order"
+    return chosen[_mixed(labels[chosen], seed)[:count].sort()[0]]
+
+def _split_off(labels, seed, share=5):
+    "The indices for training and for validation: a fifth of each class is kept back, but not its only image"
     count = min(-(-len(labels) // share), len(labels) - len(labels.unique()))
     if not count:
         raise ValueError("there is one image of each class, so none can be kept back for validation: add images, or folders "
                          "train and val")
     order = _mixed(labels, seed)
-    keep, back = order[:-count].sort()[0], order[-count:].sort()[0]
-    return (images[keep], labels[keep]), (images[back], labels[back])
+    return order[:-count].sort()[0], order[-count:].sort()[0]
 
 # %% ../../nbs/67c_commands.train.ipynb #f490705d
 def _sets(name, root, size, count, test) -> dict:
@@ -83,6 +86,12 @@ def _sets(name, root, size, count, test) -> dict:
     return sets
 
 # %% ../../nbs/67c_commands.train.ipynb #16b2927f
+def _beside(root) -> list[str]:
+    "Folders with images beside `train`, which are neither trained on nor looked at"
+    from xai_companion.data.photos import SUFFIXES
+    folders = [place for place in Path(root).iterdir() if place.is_dir() and place.name not in ("train", "val", "test")]
+    return sorted(f.name for f in folders if any(path.suffix.lower() in SUFFIXES for path in f.rglob("*")))
+
 def read_data(name: str,              # of a set, or a folder
               root: str | None,       # folder of the set; default: below the data root
               size: int,              # side of the images in pixels
@@ -91,8 +100,10 @@ def read_data(name: str,              # of a set, or a folder
               test: bool = False,     # also the test split
               stream: bool = False,   # leave the training images where they are?
               recipe: Recipe | None = None,  # that must be able to learn from them
-              ) -> dict:              # "train", "val", perhaps "test": (images, labels); classes, name and fingerprint
+              held: int | None = None,   # so many validation images at most, where they have a folder
+              ) -> dict:              # "train", "val", perhaps "test": (images, labels); classes, name, fingerprint, and unused folders
     "The images of a run as tensors, and what they are"
+    from xai_companion.data.loader import Streamed
     from xai_companion.train.tensors import to_tensors
     name, root = source_named(name, root)
     if test:
@@ -102,15 +113,20 @@ def read_data(name: str,              # of a set, or a folder
         recipe.check_kind(sets["train"].multi_label)
     if stream and ("val" not in sets or count):
         raise ValueError("images that are read batch by batch need a val folder beside train, and are taken all (no --images)")
-    found = {part: source if stream and part == "train" else to_tensors(source, size) for part, source in sets.items()}
-    if "val" not in found:
-        found["train"], found["val"] = _split_off(*found["train"], seed)
-    if count and count < len(found["train"][1]):
-        some = _mixed(found["train"][1], seed)[:count].sort()[0]
-        found["train"] = tuple(t[some] for t in found["train"])
+    labels = {part: Streamed(source, size).labels for part, source in sets.items()}
+    chosen = {part: torch.arange(len(own)) for part, own in labels.items()}
+    if "val" not in sets:
+        chosen["train"], chosen["val"] = _split_off(labels["train"], seed)
+    if count:
+        chosen["train"] = _some(chosen["train"], labels["train"], count, seed)
+    if held and "val" in sets:
+        chosen["val"] = _some(chosen["val"], labels["val"], held, seed)
+    found = {part: sets[part] if stream and part == "train" else to_tensors(sets.get(part, sets["train"]), size, own)
+             for part, own in chosen.items()}
     used = len(found["train"] if stream else found["train"][1])
     what = f"{sets['train'].fingerprint}, {used} used" + ", by class" * (used < len(sets["train"]))
-    return found | {"count": used, "classes": sets["train"].classes, "name": name, "fingerprint": what}
+    unused = _beside(root) if name == "imagefolder" and sets["train"].split == "train" else []
+    return found | {"count": used, "classes": sets["train"].classes, "name": name, "fingerprint": what, "unused": unused}
 
 # %% ../../nbs/67c_commands.train.ipynb #4eeb61cc
 OPTIONS = {  # a field of the config and what it is; the command has an option of the same name
@@ -255,12 +271,14 @@ def run_train(args) -> int:
     start = f"{Path(args.weights).name} {model_fingerprint(trial)}" if args.weights else ""
     images = 256 if args.smoke and args.images is None else args.images  # more than classes
     data = read_data(args.data or first.data, args.root, first.size, images, first.seed, args.test, args.workers is not None,
-                     get_recipe(first.recipe)(first))
+                     get_recipe(first.recipe)(first), images if args.smoke else None)
     config = replace(first, data=data["name"], fingerprint=data["fingerprint"], start=start)
     folder = out / config.name
     if rank == 0:
         if dropped := [name for name in _base(args).options if name not in get_recipe(config.recipe).options]:
             print(f"left out, since {config.recipe} has no such option: {', '.join(dropped)} of {args.config}")
+        if data["unused"]:
+            print(f"not used, since there is a folder train beside: {', '.join(data['unused'])}")
         counts = data["count"], len(data["val"][1]), len(data["classes"])
         print("{} training and {} validation images, {} classes; {}".format(*counts, folder))
     try:

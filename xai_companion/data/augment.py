@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../../nbs/21a_data.augment.ipynb #7d3e5c57
-from ..core import did_you_mean
+from ..core import did_you_mean, sent
 
 # %% ../../nbs/21a_data.augment.ipynb #b8683675
 def _check(images: Tensor, channels: int | None = None):
@@ -35,10 +35,6 @@ def _chosen(count: int, p: float, generator: torch.Generator) -> Tensor:
         raise ValueError(f"p is a probability, from 0 to 1, got {p!r}")
     return (torch.rand(count, generator=generator) < p).nonzero()[:, 0]
 
-def _sent(drawn: Tensor, images: Tensor) -> Tensor:
-    "What was drawn, on the device of the images; a GPU need not finish its work first"
-    return drawn.to(images.device, non_blocking=True)
-
 # %% ../../nbs/21a_data.augment.ipynb #701b1786
 def random_crop(images: Tensor,              # uint8 or float (N, C, H, W)
                 pad: int,                    # margin in pixels; 0: no crop
@@ -52,7 +48,7 @@ def random_crop(images: Tensor,              # uint8 or float (N, C, H, W)
     count, channels, height, width = images.shape
     corner = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
     mirror = (torch.rand(count, 1, generator=generator) < 0.5) & flip
-    corner, mirror = _sent(corner, images), _sent(mirror, images)
+    corner, mirror = sent(corner, images.device), sent(mirror, images.device)
     along = torch.arange(width, device=images.device)
     rows = corner[0] + torch.arange(height, device=images.device)
     columns = corner[1] + torch.where(mirror, along.flip(0), along)
@@ -66,7 +62,7 @@ def random_flip(images: Tensor,              # uint8 or float (N, C, H, W)
                 ) -> Tensor:                 # like `images`
     "Some of the images mirrored"
     _check(images)
-    rows = _sent(_chosen(len(images), p, generator), images)
+    rows = sent(_chosen(len(images), p, generator), images.device)
     return images.index_copy(0, rows, images.index_select(0, rows).flip(-1))
 
 # %% ../../nbs/21a_data.augment.ipynb #7ff32e99
@@ -99,7 +95,7 @@ def crop_boxes(count: int,                  # how many
 # %% ../../nbs/21a_data.augment.ipynb #20ed0191
 def _places(start: Tensor, length: Tensor, side: int, backwards: Tensor) -> Tensor:
     "Where the pixels of a crop lie along an axis, (N, side), from -1 to 1 between the edges of the image"
-    at = (torch.arange(side) + 0.5) * (length[:, None] / side) - 0.5
+    at = (torch.arange(side, device=start.device) + 0.5) * (length[:, None] / side) - 0.5
     at = start[:, None] + torch.minimum(at.clamp_(min=0), length[:, None] - 1)
     at = (at + 0.5) * (2 / side) - 1
     return torch.where(backwards[:, None], at.flip(1), at)
@@ -111,10 +107,10 @@ def resized_crops(images: Tensor,  # uint8 or float (N, C, H, W)
     "One box of each image, stretched to the size of the image: bilinear, not antialiased"
     _check(images)
     count, _, height, width = images.shape
-    top, left, h, w = boxes.float().unbind(1)
-    never = torch.zeros(count, dtype=torch.bool)
-    y = _sent(_places(top, h, height, never), images)[:, :, None].expand(-1, -1, width)
-    x = _sent(_places(left, w, width, never if mirror is None else mirror), images)[:, None, :].expand(-1, height, -1)
+    top, left, h, w = sent(boxes.float(), images.device).unbind(1)
+    never = torch.zeros(count, dtype=torch.bool, device=images.device)
+    mirror = never if mirror is None else sent(mirror, images.device)
+    y, x = _places(top, h, height, never)[:, :, None].expand(-1, -1, width), _places(left, w, width, mirror)[:, None, :].expand(-1, height, -1)
     return F.grid_sample(_floats(images), torch.stack([x, y], 3), padding_mode="border", align_corners=False)
 
 def random_resized_crop(images: Tensor,              # uint8 or float (N, C, H, W)
@@ -167,7 +163,7 @@ ADJUSTMENTS = {"brightness": _brightness, "contrast": _contrast, "saturation": _
 def _adjust(images: Tensor, factors: dict[str, Tensor]) -> Tensor:
     "Change float images in place; on the CPU a few at a time, which stay in the cache"
     chunk = max(1, 2**16 // images[0, 0].numel()) if images.device.type == "cpu" else len(images)
-    factors = {name: _sent(values, images).view(-1, 1, 1, 1).split(chunk) for name, values in factors.items()}
+    factors = {name: sent(values, images.device).view(-1, 1, 1, 1).split(chunk) for name, values in factors.items()}
     for number, part in enumerate(images.split(chunk)):
         for name, values in factors.items():
             ADJUSTMENTS[name](part, values[number])
@@ -205,7 +201,7 @@ def color_jitter(images: Tensor,              # uint8 or float (N, 3, H, W)
     rows, images = _chosen(len(images), p, generator), _floats(images)
     if not len(rows):
         return images
-    there = _sent(rows, images)
+    there = sent(rows, images.device)
     changed = _adjust(images.index_select(0, there), {name: factors[name][rows] for name in order if strength[name]})
     return images.index_copy_(0, there, changed)
 
@@ -215,7 +211,7 @@ def random_grayscale(images: Tensor,              # uint8 or float (N, 3, H, W)
                      ) -> Tensor:                 # float32 (N, 3, H, W) in [0, 1]
     "Some of the images in grey"
     _check(images, 3)
-    rows, images = _sent(_chosen(len(images), p, generator), images), _floats(images)
+    rows, images = sent(_chosen(len(images), p, generator), images.device), _floats(images)
     return images.index_copy_(0, rows, _grey(images.index_select(0, rows)).expand(-1, 3, -1, -1))
 
 # %% ../../nbs/21a_data.augment.ipynb #1d71bab0
@@ -241,7 +237,7 @@ def cutout(images: Tensor,              # uint8 or float (N, C, H, W)
     _check(images)
     if not isinstance(side, int) or side < 1 or not 0 <= fill <= 1:
         raise ValueError(f"side must be at least one pixel and fill must lie in [0, 1], got {side!r} and {fill!r}")
-    rows, columns = (_sent(part, images) for part in random_squares(len(images), images.shape[2:], side, generator))
+    rows, columns = (sent(part, images.device) for part in random_squares(len(images), images.shape[2:], side, generator))
     hole = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.dtype)
     images = images * (1 - hole)
     return images.add_(hole, alpha=round(255 * fill) if images.dtype == torch.uint8 else fill) if fill else images

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 # %% ../../nbs/21_data.loader.ipynb #9c46b234
-from ..core import span
+from ..core import sent, span
 from .items import ImageSet, resized
 from .readers import DataError
 
@@ -124,7 +124,7 @@ class Resident:
                 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # images uint8 (n, C, S, S), labels (n,) or (n, K), indices (n,)
         "The batches, one after the other"
         for index in order:
-            index = _checked(index, len(self)).to(self.device, non_blocking=True)
+            index = sent(_checked(index, len(self)), self.device)
             yield self.images.index_select(0, index), self.labels[index], index
 
 # %% ../../nbs/21_data.loader.ipynb #5835b0dc
@@ -192,4 +192,4 @@ class Streamed:
         for batch in _received(loader):
             if isinstance(batch, DataError):
                 raise batch
-            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+            yield tuple(sent(part, self.device) for part in batch)

@@ -29,6 +29,9 @@ def _slope(model, images, labels):
         if not logits.requires_grad:
             raise RuntimeError("the model lets no gradient through to the images: its forward runs under torch.no_grad, or "
                                "detaches a tensor; an attack needs the gradient")
+        if logits.shape[1] < 2:
+            raise ValueError("the model has one output, and the cross-entropy of one class is always 0: attack a model with one per class, "
+                             "for example torch.cat([torch.zeros_like(x), x], 1), whose softmax is the sigmoid of x")
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss = F.cross_entropy(precise, labels(logits), reduction="sum")
         return torch.autograd.grad(loss, images)[0]

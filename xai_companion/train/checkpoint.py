@@ -63,7 +63,7 @@ def restore_run(run, folder: Path):
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{file} is of another network ({str(error).splitlines()[-1].strip()}): name another folder, "
                          "or start afresh (--fresh, or resume=False)") from None
-    run.done, run.seconds, run.log = stored["done"], stored["seconds"], stored["log"]
+    run.done, run.seconds, run.log, run.stream = stored["done"], stored["seconds"], stored["log"], None
     run.sums.copy_(stored["sums"])
     if run.rank == 0:
         write_log(folder / "log.csv", run.log)

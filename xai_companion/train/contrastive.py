@@ -55,6 +55,8 @@ class TwoParts(Recipe):
 
     def setup(self, model, count):
         name, self.classifier = classifier_of(model)
+        if not any(p.requires_grad for p in self.classifier.parameters()):
+            raise ValueError(f"the classifier {name!r} is frozen, and {self.name} trains it in a part of each epoch: set requires_grad")
         with evaluating(model), capture(model, name) as found:
             logits = model(black_image(model, self.config.size))
         if not torch.equal(found[name], logits):
@@ -92,7 +94,7 @@ def warn_of_collapse(log: list,      # the rows of a run
                      ):
     "Warn if the loss of the encoder stands at the value of a collapsed network"
     rows = [row for row in log if row["part"] == "encoder" and row["epoch"] > warm]
-    if not rows:
+    if not rows or rows[-1] is not log[-1]:  # said after the encoder's part of the epoch
         return
     backgrounds = rows[-1].get("backgrounds", 0) * batch * background_weight
     message = collapse_alarm([row["loss"] for row in rows], 2 * batch, option["temperature"], option["base_temperature"], backgrounds,
@@ -136,7 +138,7 @@ class SupCon(TwoParts, name="supcon"):
         z = F.normalize(self.head(seen[0]).float(), dim=1)
         pairs, background = z[:2 * count].unflatten(0, (2, count)).transpose(0, 1), z[2 * count:]
         loss = supcon_loss(pairs, views.labels, option["temperature"], option["base_temperature"], background,
-                           self.background_weight, gather=True)
+                           self.background_weight, gather=True, check=z.device.type == "cpu")
         return loss, logits[:count]
 
     @property

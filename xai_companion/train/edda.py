@@ -12,7 +12,7 @@ from math import inf
 import torch
 
 # %% ../../nbs/42c_train.edda.ipynb #61c33ef7
-from ..core import autocasting, check_between
+from ..core import autocasting, check_between, check_positive, sent
 from ..models import black_image
 from .losses import DROP_TARGETS, classification_loss, drop_targets, edda_loss, edda_loss_of_several, gathered
 from .occlusion import CurrentMaps, MapCache, occlude, random_masks, salient
@@ -31,6 +31,7 @@ def check_options(options: dict  # of a recipe that uses explanations
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {options[name]!r}")
     given = {name: value for name, value in options.items() if value is not None}
     check_between(0, 1, **{name: given[name] for name in ("tau", "share", "start", "ramp", "p") if name in given})
+    check_positive(**{name: given[name] for name in ("share",) if name in given})
     check_between(0, inf, **{name: given[name] for name in ("keep_weight", "drop_weight", "background_weight") if name in given})
 
 def maps_of(model,
@@ -69,7 +70,7 @@ def one_of(labels: torch.Tensor,  # (B,), or (B, K) of 0 and 1
     "The class of each image; where it shows several, one of them, drawn at random"
     if labels.ndim == 1:
         return labels
-    lots = torch.rand(labels.shape, generator=generator).to(labels.device, non_blocking=True)
+    lots = sent(torch.rand(labels.shape, generator=generator), labels.device)
     return lots.masked_fill(labels == 0, -1).argmax(1)
 
 def own_class(labels: torch.Tensor,   # (B,) or (B, K)
@@ -189,7 +190,7 @@ def other_classes(labels: torch.Tensor,  # (B,) or (B, K)
     "For each image a random class that it does not show"
     if labels.ndim == 2:
         return one_of(1 - labels, generator)
-    return (labels + torch.randint(1, count, labels.shape, generator=generator).to(labels, non_blocking=True)) % count
+    return (labels + sent(torch.randint(1, count, labels.shape, generator=generator), labels.device)) % count
 
 class EDDARandomClass(EDDA, name="edda_random_class"):
     "EDDA with the map of a random other class"

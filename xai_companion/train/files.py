@@ -33,8 +33,8 @@ def write_whole(file: Path,    # to be written, or replaced
     except OSError as error:
         raise RuntimeError(f"{file} could not be written ({error.strerror}): "
                            + ("the file of before is intact. " if file.is_file() else "")
-                           + "Make room, or name a folder on another disk, and start again: the run continues."
-                           ) from error
+                           + "Make room, or name a folder on another disk, and start again"
+                           + (": the run continues." if (file.parent / "checkpoint.pt").is_file() else ".")) from error
 
 def _plain(value):
     "NumPy's numbers, words and arrays as Python's, in dicts and lists as well: a checkpoint with others cannot be read"

@@ -96,7 +96,7 @@ class RunState:
         self.optimizers = {p: make_optimizer(self.recipe.parameters(model, p), config) for p in self.recipe.parts}
         passes = plan_passes(self.recipe.parts, self.part_steps, self.per_epoch, self.recipe.staged)
         self.course = Course(passes, len(data), self.batch, config.seed)
-        self.done, self.seconds, self.log, self.stream = 0, 0.0, [], (None, None)
+        self.done, self.seconds, self.log, self.stream = 0, 0.0, [], None
         self.sums = torch.zeros(3 + len(self.recipe.notes), device=self.device)  # of this pass: loss, right, images, notes
 
     @property
@@ -129,12 +129,11 @@ def tally(loss: Tensor,    # the mean over the images
 # %% ../../nbs/43_train.loop.ipynb #419f0d5c
 class Run(RunState):
     "A training run, which goes on step by step"
-    def next_batch(self, now: Pass) -> Batch:
-        "The images of the next step"
-        if self.stream[0] != now:
-            mine = [part[self.rank::self.world] for part in self.course.batches(self.done)]
-            self.stream = now, self.data.batches(mine)
-        return Batch(*next(self.stream[1]))
+    def next_batch(self) -> Batch:
+        "The images of the next step; what reads ahead goes on from pass to pass"
+        if self.stream is None:
+            self.stream = self.data.batches(part[self.rank::self.world] for part in self.course.batches(self.done))
+        return Batch(*next(self.stream))
 
     def step(self):
         "One step of the optimiser"
@@ -142,7 +141,7 @@ class Run(RunState):
         optimizer, place = self.optimizers[now.part], now.epoch * self.per_epoch + self.done - now.first
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(place, self.part_steps, self.recipe.rate(now.part), config.warmup)
-        moment, batch = Moment(now.part, now.epoch, place / self.part_steps), self.next_batch(now)
+        moment, batch = Moment(now.part, now.epoch, place / self.part_steps), self.next_batch()
         with seeded(subseed(config.seed, "step", self.done, *([self.rank] if self.rank else []))):
             views = self.recipe.views(self.model, batch, moment, torch.default_generator)
             views.images = views.images.contiguous(memory_format=torch.channels_last)
@@ -212,10 +211,8 @@ def compiling(model: nn.Module,  # any model; wrappers are transparent
 # %% ../../nbs/43_train.loop.ipynb #c0cf6cd5
 def _class_count(labels, classes, model, size) -> int:
     "K: of the names, of rows of labels, of the model's output, or of the labels"
-    if classes:
-        return len(classes)
-    if labels.ndim == 2:
-        return labels.shape[1]
+    if classes or labels.ndim == 2:
+        return len(classes or labels[0])
     if model is not None:
         return outputs_of(model, size)
     return max(2, int(labels.max()) + 1) if len(labels) else 2
@@ -249,8 +246,7 @@ def make_run(config: Config, train, val, model, classes, device, workers=None) -
     if workers is not None and not isinstance(train, ImageSet):
         raise ValueError("workers read the images of an ImageSet: tensors are in memory already")
     val = to_tensors(val, config.size) if isinstance(val, ImageSet) else val
-    streamed = workers is not None
-    if streamed:
+    if streamed := workers is not None:
         train = Streamed(train, config.size, device, workers)
     elif isinstance(train, ImageSet):
         train = to_tensors(train, config.size)
@@ -267,8 +263,9 @@ def make_run(config: Config, train, val, model, classes, device, workers=None) -
         with seeded(config.seed):
             names = classes and [*classes, *more]
             model = load_model(config.model, None, count + len(more), config.model in SMALL and config.size <= 64, names)
-    elif classes or labels.ndim == 2:
-        _check_outputs(outputs_of(model, config.size), count, more, exact=labels.ndim == 2)
+    outputs = outputs_of(model, config.size)
+    if classes or labels.ndim == 2:
+        _check_outputs(outputs, count, more, exact=labels.ndim == 2)
     check_trainable(model, labels, min(config.batch, len(labels)))
     if device.type != "cpu":
         check_fits((0 if streamed else len(labels)) + (len(val[1]) if val else 0), config.size, device)
@@ -301,8 +298,11 @@ def fit(config: Config,
     with alone(own):
         if folder:
             _begin(run, folder, resume)
-        with stops_named(run, folder, resume), compiling(run.model, compiled):
-            _steps(run, own, every)
+        try:
+            with stops_named(run, folder, resume), compiling(run.model, compiled):
+                _steps(run, own, every)
+        finally:
+            run.stream = None  # what reads ahead ends
         run.model.eval()
         if own:
             save_weights(run, own / "model.pt")

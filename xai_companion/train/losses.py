@@ -99,19 +99,20 @@ def _check_unit(features, name):
                      "use torch.nn.functional.normalize(z, dim=-1)")
 
 # %% ../../nbs/41_train.losses.ipynb #b7631a40
-def _checked(z, labels, background):
+def _checked(z, labels, background, unit):
     "z (N, V, D) and background (M, D) in the dtype of the computation, and labels, if they fit together"
     _check_tensor(z, "z", "(N, V, D): N images in V views (one view: z[:, None])", 3)
     if 0 in z.shape:
         raise ValueError(f"z is empty, {tuple(z.shape)}: the loss needs at least one image, one view and one dimension")
     _check_labels(labels, len(z), "z")
-    _check_unit(z, "z")
+    if unit:
+        _check_unit(z, "z")
     if background is None:
         background = z.new_zeros(0, z.shape[-1])
     _check_tensor(background, "background", "(M, D)", 2)
     if background.shape[1] != z.shape[-1]:
         raise ValueError(f"background must have the D of z, {z.shape[-1]}, got {tuple(background.shape)}")
-    if len(background):
+    if unit and len(background):
         _check_unit(background, "background")
     z = _wide(z)
     return z, labels.to(z.device, torch.long), background.to(z)
@@ -124,11 +125,12 @@ def supcon_loss(z: Tensor,       # (N, V, D): V views of N images, vectors of le
                 background: Tensor | None = None,  # (M, D), length 1: what all views keep away from; M may be 0
                 background_weight: float = 1.0,  # w_B: 1 for ExConB, 2 as in its released code, 0 leaves them out
                 gather: bool = False,  # views and backgrounds of all processes; each returns the mean over its own anchors
+                check: bool = True,    # raise unless all vectors are of length 1; a GPU is waited for
                 ) -> Tensor:     # a scalar, float32 (float64 for float64)
     "The supervised contrastive loss of SupCon and ExCon, and with backgrounds that of ExConB"
     check_positive(temperature=temperature, base_temperature=base_temperature)
     check_between(0, inf, background_weight=background_weight)
-    z, labels, background = _checked(z, labels, background)
+    z, labels, background = _checked(z, labels, background, check)
     anchors, labels = z.flatten(0, 1), labels.repeat_interleave(z.shape[1])
     rows = torch.cat([anchors, background])
     tags = torch.stack([F.pad(labels, (0, len(background))), torch.arange(len(rows), device=z.device) < len(anchors)], 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # %% ../../nbs/40_train.occlusion.ipynb #19a3ae58
-from ..core import check_counts, span
+from ..core import check_counts, sent, span
 from ..data.augment import random_squares
 from ..explain import get_explainer
 from ..explain.base import option_names, with_options
@@ -128,8 +128,9 @@ def random_masks(counts: Tensor,              # (N,) whole numbers from 0 to H *
     if counts.device.type == "cpu" and not 0 <= counts.min() <= counts.max() <= height * width:  # a GPU would be waited for
         raise ValueError(f"counts must lie between 0 and {height * width} pixels, got {counts.min()} to {counts.max()}")
     grid = [-(-side // cell) + 2 for side in size]
-    noise = torch.randn(len(counts), 1, *grid, generator=generator).to(counts.device, non_blocking=True)
-    shift = (torch.randint(cell, (2, len(counts)), generator=generator) + cell // 2).to(counts.device, non_blocking=True)
+    noise = torch.randn(len(counts), 1, *grid, generator=generator)
+    shift = sent(torch.randint(cell, (2, len(counts)), generator=generator) + cell // 2, counts.device)
+    noise = sent(noise, counts.device)
     noise = cut_out(F.interpolate(noise, scale_factor=cell, mode="bicubic"), shift.T, size)
     return top_pixels(noise, counts.clamp_min(1)) & (counts > 0).view(-1, 1, 1, 1)
 

@@ -6,6 +6,7 @@
 __all__ = ['Pass', 'plan_passes', 'Course']
 
 # %% ../../nbs/42g_train.passes.ipynb #7d3e6a17
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -54,9 +55,10 @@ class Course:
         "The pass that ends after so many steps, if one does"
         return next((p for p in self.passes if p.stop == done), None)
 
-    def batches(self, step: int) -> tuple[Tensor, ...]:
-        "Which images this step and the others of its pass take"
-        now = self.at(step)
-        seed = self.seed if now.part == self.passes[0].part else subseed(self.seed, now.part)
-        order = epoch_order(self.count, seed, now.epoch)[: (now.stop - now.first) * self.batch]
-        return order.split(self.batch)[step - now.first:]
+    def batches(self, step: int) -> Iterator[Tensor]:
+        "Which images this step and the later ones take"
+        for now in self.passes:
+            if step < now.stop:
+                seed = self.seed if now.part == self.passes[0].part else subseed(self.seed, now.part)
+                order = epoch_order(self.count, seed, now.epoch)[: (now.stop - now.first) * self.batch]
+                yield from order.split(self.batch)[max(0, step - now.first):]

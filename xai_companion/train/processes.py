@@ -10,6 +10,8 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..core import sent
+
 # %% ../../nbs/42e_train.processes.ipynb #d157f4e2
 def _several():
     return dist.is_available() and dist.is_initialized()
@@ -20,7 +22,7 @@ def average_gradients(parameters  # of which some may have no gradient
     parameters = [p for p in parameters if p.requires_grad]
     if not parameters or not _several():
         return
-    had = torch.tensor([float(p.grad is not None) for p in parameters]).to(parameters[0].device, non_blocking=True)
+    had = sent(torch.tensor([float(p.grad is not None) for p in parameters]), parameters[0].device)
     flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters), had])
     dist.all_reduce(flat)
     *means, had = (flat / dist.get_world_size()).split([*(p.numel() for p in parameters), len(parameters)])
@@ -28,7 +30,7 @@ def average_gradients(parameters  # of which some may have no gradient
         if parameter.grad is not None:
             parameter.grad.copy_(mean.view_as(parameter))
         elif somewhere > 0:  # in no process: it stays without, and the optimiser leaves it alone
-            parameter.grad = mean.view_as(parameter).to(parameter.dtype)
+            parameter.grad = torch.empty_like(parameter).copy_(mean.view_as(parameter))
 
 def add_up(sums: torch.Tensor):
     "Replace the sums of this process by those over all processes"

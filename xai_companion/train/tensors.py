@@ -66,8 +66,13 @@ def outputs_of(model: nn.Module,
                size: int,  # of its images in pixels
                ) -> int:
     "How many classes a model tells apart: the width of its logits"
-    with evaluating(model), torch.no_grad():
-        return check_logits(model(black_image(model, size)), 1).shape[1]
+    image = black_image(model, size)
+    try:
+        with evaluating(model), torch.no_grad():
+            logits = model(image)
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot take images of {size} x {size} pixels ({error}): choose another size") from error
+    return check_logits(logits, 1).shape[1]
 
 # %% ../../nbs/42a_train.tensors.ipynb #a2f65696
 def _check_labels(labels, count, what):
