@@ -17,7 +17,7 @@ from xai_companion import findings as find
 from xai_companion import report
 from xai_companion.audit import audit
 from xai_companion.audit_page import Shown
-from xai_companion.report import tag
+from xai_companion.webpage import tag, write_page
 
 # ---------------------------------------------------------------- whole pages
 
@@ -215,7 +215,7 @@ def test_grey_levels_are_rounded():
 
 
 def test_a_page_is_written_whole_where_it_is_wanted(tmp_path):
-    file = report.write_page(tmp_path / "new" / "a.html", "caf\u00e9 \udcff")
+    file = write_page(tmp_path / "new" / "a.html", "caf\u00e9 \udcff")
     assert file.read_bytes() == b"caf\xc3\xa9 ?" and [*file.parent.iterdir()] == [file]
     with pytest.raises(ValueError, match="is a folder: name the file"):
-        report.write_page(tmp_path / "new", "")
+        write_page(tmp_path / "new", "")

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from xai_companion import gallery, viz
+from xai_companion import gallery, viz, webpage
 from xai_companion.data.photos import PHOTO_NAMES, photos
 from xai_companion.figures import subplots
 
@@ -299,7 +299,7 @@ def test_gallery_needs_nothing_else(tmp_path, batch):
 
 
 def test_the_scale_of_the_gallery_is_the_colour_map():
-    stops = re.search(r"linear-gradient\(90deg, (.*?)\)", gallery._CSS)[1].split(", ")
+    stops = re.search(r"linear-gradient\(90deg, (.*?)\)", webpage.CSS)[1].split(", ")
     expected = plt.get_cmap(viz.CMAP)(np.linspace(0, 1, len(stops)))[:, :3]
     got = np.array([[int(s[i:i + 2], 16) / 255 for i in (1, 3, 5)] for s in stops])
     assert np.abs(got - expected).max() < 0.02

@@ -24,7 +24,7 @@ from .hooks import evaluating
 from .models import placed
 from .own_data import match_classes
 from .records import commit, hardware, running_command, versions
-from .report import check_place, write_page
+from .webpage import check_place, write_page
 from .scores import check_logits, warn_of_probabilities
 from .viz import method_label
 

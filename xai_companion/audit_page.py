@@ -14,7 +14,8 @@ from torch import Tensor
 from dataclasses import dataclass
 
 from . import findings as find
-from .report import Markup, chart, page, panel, percent, picture, section, table, tag, tile
+from .report import CSS, JS, chart, panel, percent, picture, section, table, tile
+from .webpage import Markup, page, tag
 from .viz import overlay, reliability_diagram
 
 # %% ../nbs/59c_audit_page.ipynb #0b5ac230
@@ -293,4 +294,4 @@ PARTS = (head, calibration_part, classes_part, outcome_part, outside_part, confu
 
 def audit_page(audit: Found) -> str:
     "The report as HTML"
-    return page(f"Audit of {audit.about['model']}", *(part(audit) for part in PARTS))
+    return page(f"Audit of {audit.about['model']}", *(part(audit) for part in PARTS), css=CSS, js=JS)

@@ -71,6 +71,7 @@ def real_lab(name: str,            # of `load_dataset`, one class per image
              size: int,            # side in pixels
              test: int | None = None,   # images of the test part, a random choice; default: all
              classes: int | None = None,  # only the first so many classes; default: all
+             most: int | None = None,   # training and validation images, a random choice; default: all
              ) -> Lab:
     "A data set that is on this computer"
     train, held = (load_dataset(name, part, size=size) for part in ("train", "val"))
@@ -78,7 +79,7 @@ def real_lab(name: str,            # of `load_dataset`, one class per image
         raise ValueError(f"{name} has several classes per image: the tables of the papers count one")
     count = classes or len(train.classes)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    order = order[Streamed(train, size).labels[order] < count]
+    order = order[Streamed(train, size).labels[order] < count][:most]
     images, labels = to_tensors(train, size, chosen=order)
     back = len(order) // 20
     shown = torch.tensor(seeded_order(len(held)))

@@ -6,9 +6,6 @@
 __all__ = ['gallery_part', 'write_gallery', 'gallery']
 
 # %% ../nbs/01b_gallery.ipynb #14352324
-import base64
-import hashlib
-import html
 import io
 import json
 from pathlib import Path
@@ -17,15 +14,15 @@ import torch
 from PIL import Image
 
 # %% ../nbs/01b_gallery.ipynb #ef8a4220
-from .core import replacing
-from .viz import CMAP, as_picture, check_photos, color_table, check_pair, one_each, method_label
+from .viz import CMAP, as_picture, check_pair, check_photos, color_table, method_label, one_each
+from .webpage import Markup, check_place, data_uri, page, tag, write_page
 
 # %% ../nbs/01b_gallery.ipynb #0976b019
 def _uri(picture: Image.Image, kind: str, **options) -> str:
     "A picture as a data URI"
     file = io.BytesIO()
     picture.save(file, kind, optimize=True, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(file.getvalue(), f"image/{kind.lower()}")
 
 def _photo_uri(image: torch.Tensor  # (3, H, W) in [0, 1]
                ) -> str:
@@ -42,13 +39,7 @@ def _map_uri(unit: torch.Tensor  # (1, H, W) in [0, 1]
 
 # %% ../nbs/01b_gallery.ipynb #1cbf61fd
 _CSS = """
-:root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --soft: #f1f1f4; --line: #8a8a94; --accent: #0b5fc0; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ececf0; --paper: #17171a; --soft: #26262b; --line: #8a8a94; --accent: #7db7ff; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 64rem; font: 1rem/1.45 system-ui, sans-serif;
-       color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
+body { max-width: 64rem; }
 h1 { font-size: 1.3rem; margin: 0 0 .6rem; }
 h2 { font-size: 1.05rem; margin: 0; flex: 1; text-align: center; }
 h2 small { font-weight: normal; }
@@ -56,7 +47,6 @@ h2 small { font-weight: normal; }
 button, select { font: inherit; color: inherit; background: var(--soft); border: 1px solid var(--line); border-radius: .4rem;
                  padding: .35rem .7rem; min-height: 2.5rem; cursor: pointer; max-width: 100%; }
 input { accent-color: var(--accent); }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 #controls { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; align-items: center; margin-bottom: .8rem; }
 #controls > label { display: flex; flex-wrap: wrap; gap: .2rem .5rem; align-items: center; min-height: 2.5rem; }
 fieldset { display: flex; flex-wrap: wrap; gap: .2rem .9rem; border: 0; margin: 0; padding: 0; width: 100%; min-width: 0; }
@@ -70,8 +60,6 @@ figcaption { text-align: center; font-weight: 600; padding-top: .2rem; }
 .stage { display: grid; }
 .stage img { grid-area: 1 / 1; width: 100%; height: auto; display: block; }
 .small .photo { image-rendering: pixelated; }
-.scale { display: inline-block; width: 6rem; height: .8rem; border: 1px solid var(--line);
-         background: linear-gradient(90deg, #000004, #420a68, #932667, #dd513a, #fca50a, #fcffa4); }
 #caption { text-align: center; margin: .5rem auto; max-width: 44rem; white-space: pre-line; min-height: 1.45em; }
 #thumbs { display: flex; flex-wrap: wrap; gap: .4rem; justify-content: center; max-height: 12rem; overflow-y: auto; padding: .3rem; }
 #thumbs button { padding: 0; line-height: 0; border: 3px solid transparent; background: none; }
@@ -146,19 +134,7 @@ draw();
 """
 
 # %% ../nbs/01b_gallery.ipynb #eec62184
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; img-src data:; style-src 'sha256-{css_hash}'; script-src 'sha256-{js_hash}'">
-<title>{title}</title>
-<style>{css}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<main>
+_BODY = Markup("""
 <div id="controls">
 <fieldset id="methods"><legend>Method</legend></fieldset>
 <label id="compare">Compare with <select id="second"><option value="-1">nothing</option></select></label>
@@ -179,20 +155,9 @@ _PAGE = """<!doctype html>
 <nav id="thumbs" aria-label="Images"></nav>
 <p class="hint">The left and right arrow keys flip through the images. Each map is stretched from its own lowest to its own highest value; a peak of a few pixels is cut.</p>
 <noscript><p>This page needs JavaScript to show its images.</p></noscript>
-</main>
-<script id="data" type="application/json">{data}</script>
-<script>{js}</script>
-</body>
-</html>
-"""
+""")
 
 # %% ../nbs/01b_gallery.ipynb #301facb4
-def _page(title: str, data: dict) -> str:
-    "The page of a gallery"
-    css_hash, js_hash = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in (_CSS, _JS))
-    return _PAGE.format(title=html.escape(title), data=json.dumps(data).replace("<", "\\u003c"),
-                        css=_CSS, js=_JS, css_hash=css_hash, js_hash=js_hash)
-
 def gallery_part(images: torch.Tensor,  # images (N, 1 or 3, H, W) in [0, 1]
                  maps: dict             # maps (N, 1, H, W) by method, in any units
                  ) -> dict:             # "width" in pixels, "photos": N texts, "maps": N texts by method
@@ -215,9 +180,8 @@ def write_gallery(path: Path,  # the HTML file
             "images": [{"name": n, "caption": c, "src": photo} for n, c, photo in zip(names, captions, photos, strict=True)],
             "methods": [{"label": method_label(name), "maps": [uri for part in parts for uri in part["maps"][name]]}
                         for name in parts[0]["maps"]]}
-    with replacing(path) as out:
-        out.write(_page(title, data).encode(errors="replace"))
-    return path
+    held = tag("script", Markup(json.dumps(data).replace("<", "\\u003c")), id="data", type="application/json")
+    return write_page(path, page(title, _BODY, held, css=_CSS, js=_JS))
 
 # %% ../nbs/01b_gallery.ipynb #7d3e5d01
 def gallery(path: Path | str,            # the HTML file to write; its folder is made
@@ -228,9 +192,7 @@ def gallery(path: Path | str,            # the HTML file to write; its folder is
             title: str = "Attribution maps"  # heading of the page
             ) -> Path:                   # the file written
     "Write one self-contained HTML file to flip through images and methods"
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file, for example {path / 'gallery.html'}")
+    path = check_place(path, "gallery.html")
     part = gallery_part(images, maps)
     captions = one_each(captions, len(images), "captions")
     names = one_each(names, len(images), "names") if names is not None else [f"image {i + 1}" for i in range(len(images))]

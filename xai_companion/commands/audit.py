@@ -34,7 +34,7 @@ def run_audit(args  # what the parser found
     from xai_companion.audit import audit
     from xai_companion.commands.options import check_folder, check_numbers, model_from, parse_methods
     from xai_companion.own_data import read_class_map
-    from xai_companion.report import check_place
+    from xai_companion.webpage import check_place
     check_numbers(args, "n", "size", "batch", "classes")
     for option in ("out", "table"):
         if file := getattr(args, option):
