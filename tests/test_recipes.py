@@ -216,10 +216,31 @@ def test_the_weights_rise_after_the_start(options, progress, share):
     recipe = ready("edda", model, options={"start": 0.5, "keep_weight": 0.5, "drop_weight": 2.0} | options)
     views = seeded_views(recipe, model, Moment(progress=progress))
     logits, keep, drop = model(views.images).chunk(3)
-    whole, kept = (nn.functional.cross_entropy(part, views.labels) for part in (logits, keep))
-    dropped = -drop.log_softmax(1).mean()
+    whole = nn.functional.cross_entropy(logits, views.labels)
+    kept = (nn.functional.cross_entropy(keep, views.labels, reduction="none") * views.counted).mean()
+    dropped = -(drop.log_softmax(1).mean(1) * views.counted).mean()
+    assert 0 < views.counted.sum() <= 12
     loss, _ = recipe.loss(model, views, Moment(progress=progress))
     torch.testing.assert_close(loss, whole + share * (0.5 * kept + 2.0 * dropped))
+
+
+@pytest.mark.parametrize("name", ["edda", "random_occlusion", "edda_random_class"])
+def test_an_image_whose_map_says_nothing_has_cross_entropy_only(name, monkeypatch):
+    "Without a salient pixel the rest is the image itself: it must not be asked for no class and for its own"
+    model = net().eval()
+    recipe = ready(name, model)
+    maps = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    maps[:6] = 0
+    monkeypatch.setattr(recipe, "maps", lambda images, targets: maps)
+    views = seeded_views(recipe, model, LATE["edda"])
+    assert views.counted.tolist() == [False] * 6 + [True] * 6
+    assert torch.equal(views.images[24:30], views.images[:6]) and (views.images[12:18] == 0).all()
+    whole, keep, drop = model(views.images).chunk(3)
+    entropy = nn.functional.cross_entropy
+    option = recipe.option
+    expected = (entropy(whole, views.labels) + option["keep_weight"] * entropy(keep[6:], views.labels[6:]) / 2
+                - option["drop_weight"] * drop[6:].log_softmax(1).mean() / 2)
+    torch.testing.assert_close(recipe.loss(model, views, LATE["edda"])[0], expected)
 
 
 def test_other_class_is_another_one():
@@ -307,8 +328,11 @@ def test_edda_loss_of_a_step_by_hand():
     recipe = ready("edda", model, options={"keep_weight": 0.5, "drop_weight": 2.0})
     views = seeded_views(recipe, model, LATE["edda"])
     whole, keep, drop = model(views.images).log_softmax(1).chunk(3)
-    own = torch.arange(12), views.labels
-    expected = -whole[own].mean() - 0.5 * keep[own].mean() - 2 * drop.mean()
+    expected = 0
+    for i, label in enumerate(views.labels):
+        expected -= whole[i, label] / 12
+        if (views.images[12 + i] != 0).any():  # something is salient
+            expected -= (0.5 * keep[i, label] + 2 * drop[i].mean()) / 12
     torch.testing.assert_close(recipe.loss(model, views, LATE["edda"])[0], expected)
 
 

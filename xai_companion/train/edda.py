@@ -135,7 +135,7 @@ class WithMaps(Recipe):
 # %% ../../nbs/42c_train.edda.ipynb #c69ab424
 class EDDA(WithMaps, name="edda"):
     "Cross-entropy on each image, on its salient part, and against any class on the rest"
-    version = 2  # 1 had no ramp
+    version = 3  # 1 had no ramp; 2 had the further terms also where nothing was salient
     options = WithMaps.options | {"start": 0.25, "ramp": 0.25, "keep_weight": 1.0, "drop_weight": 1.0, "drop_target": "uniform", "p": 0.0}
     notes = ("salient",)
     several = True
@@ -163,7 +163,8 @@ class EDDA(WithMaps, name="edda"):
         view, maps = self.explained(model, batch, targets, moment, generator)
         masks = self.masks(maps, generator)
         keep, drop = (occlude(view, hidden, self.option["fill"], model) for hidden in (~masks, masks))
-        return Views(torch.cat([view, keep, drop]), batch.labels, (masks.float().mean(),), own_class(batch.labels, targets, generator))
+        return Views(torch.cat([view, keep, drop]), batch.labels, (masks.float().mean(),), own_class(batch.labels, targets, generator),
+                     masks.flatten(1).any(1))
 
     def loss(self, model, views, moment):
         option, (logits, *parts) = self.option, model(views.images).float().split(len(views.labels))
@@ -171,7 +172,7 @@ class EDDA(WithMaps, name="edda"):
             return classification_loss(logits, views.labels, self.config.smoothing), logits
         keep, drop = parts or (None, None)
         rise = min(1.0, max(0.0, moment.progress - option["start"]) / option["ramp"]) if option["ramp"] else 1.0
-        about = {name: rise * option[name] for name in ("keep_weight", "drop_weight")} | {"smoothing": self.config.smoothing}
+        about = {name: rise * option[name] for name in ("keep_weight", "drop_weight")} | {"smoothing": self.config.smoothing, "counted": views.counted}
         if views.labels.ndim == 2:
             return edda_loss_of_several(logits, keep, drop, views.labels, views.explained, **about), logits
         return edda_loss(logits, keep, drop, views.labels, drop_target=option["drop_target"], p=option["p"], **about), logits

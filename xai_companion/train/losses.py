@@ -235,6 +235,7 @@ def edda_loss(logits: Tensor,       # (N, K): of the whole images; (N, K + 1) fo
               drop_target: str = "uniform",  # q_y, one of `DROP_TARGETS`
               p: float = 0.0,          # probability of the true class, for "share"
               smoothing: float = 0.0,  # label smoothing of the first two terms
+              counted: Tensor | None = None,  # bool (N,): which images have the further terms, the others add 0; default: all
               ) -> Tensor:          # a scalar, float32 (float64 for float64)
     "Cross-entropy of the whole images, of the salient parts, and of what is left without them"
     _check_edda(logits, keep, drop, keep_weight, drop_weight, smoothing)
@@ -244,8 +245,10 @@ def edda_loss(logits: Tensor,       # (N, K): of the whole images; (N, K + 1) fo
     _check_drop(labels, classes, drop_target, p)
     hidden = _hidden_targets(labels, classes, drop_target, p)
     shown = F.pad(_soft_labels(labels, classes, 1 - smoothing + smoothing / classes), (0, outputs - classes))
-    terms = [(1.0, logits, shown), (keep_weight, keep, shown), (drop_weight, drop, hidden)]
-    return sum(weight * F.cross_entropy(_wide(part), target.to(_wide(part))) for weight, part, target in terms if part is not None)
+    some = 1.0 if counted is None else counted.to(_wide(logits))
+    terms = [(1.0, logits, shown), (keep_weight * some, keep, shown), (drop_weight * some, drop, hidden)]
+    return sum((weight * F.cross_entropy(_wide(part), target.to(_wide(part)), reduction="none")).mean()
+               for weight, part, target in terms if part is not None)
 
 # %% ../../nbs/41_train.losses.ipynb #7d3e6c21
 def _soft(labels, smoothing):
@@ -296,14 +299,15 @@ def edda_loss_of_several(logits: Tensor,       # (N, K): of the whole images
                          keep_weight: float = 1.0,  # lambda_k
                          drop_weight: float = 1.0,  # lambda_d
                          smoothing: float = 0.0,    # label smoothing of the first two terms
+                         counted: Tensor | None = None,  # bool (N,): which images have the further terms; default: all
                          ) -> Tensor:          # a scalar, float32 (float64 for float64)
     "The loss of EDDA where an image shows several classes: binary cross-entropy, and absence of what is hidden"
     _check_edda(logits, keep, drop, keep_weight, drop_weight, smoothing)
     labels, alone = _rows(logits, labels, explained)
-    counted = (1 - labels + alone) * labels.any(1, keepdim=True)
+    some = labels.any(1, keepdim=True) if counted is None else labels.any(1, keepdim=True) & counted.to(labels.device)[:, None]
     loss = F.binary_cross_entropy_with_logits(_wide(logits), _soft(labels, smoothing))
     if keep is not None:
-        loss = loss + keep_weight * _mean_bce(keep, _soft(alone, smoothing), counted)
+        loss = loss + keep_weight * _mean_bce(keep, _soft(alone, smoothing), (1 - labels + alone) * some)
     if drop is not None:
-        loss = loss + drop_weight * _mean_bce(drop, labels - alone, torch.ones_like(labels) * labels.any(1, keepdim=True))
+        loss = loss + drop_weight * _mean_bce(drop, labels - alone, torch.ones_like(labels) * some)
     return loss

@@ -160,6 +160,7 @@ class Views:
     labels: Tensor      # (B,) or (B, K): the classes of the first B views; what the others are is the recipe's affair
     notes: tuple = ()   # means over the batch, for the log: a scalar tensor per name in the recipe's `notes`
     explained: Tensor | None = None  # (B,): the class of each image that the other views are about
+    counted: Tensor | None = None    # bool (B,): the images whose other views count
 
 # %% ../../nbs/42_train.recipes.ipynb #381d3f5d
 class Recipe(RecipeCard):
