@@ -11,7 +11,7 @@ from torch import nn
 
 from xai_companion.core import settings
 from xai_companion.data.photos import load_images
-from xai_companion.hooks import plain_module, unwrapped, watch
+from xai_companion.hooks import black_image, plain_module, unwrapped, watch
 from xai_companion.models import (
     SMALL,
     Normalized,
@@ -69,6 +69,15 @@ def test_small_networks(name, size):
     model = load_model(name, weights=None, num_classes=7, small=True)
     assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
     assert conv_blocks(model, size)[0] == ("features.5" if name == "vgg16_bn" else "layer1") and model.classes is None
+
+
+@pytest.mark.parametrize("channels, front, first", [(3, nn.PixelUnshuffle(2), 12), (12, nn.Identity(), 12), (1, nn.Identity(), 1), (5, nn.Identity(), 5)])
+def test_channels_of_an_image_from_the_side_alone(channels, front, first):
+    "A space-to-depth in front makes twelve channels of three; a network of twelve channels takes twelve"
+    network = nn.Sequential(front, nn.Conv2d(first, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                            nn.Linear(8, 4))
+    assert black_image(network, 32).shape == (1, channels, 32, 32)
+    assert conv_blocks(network, 32) == conv_blocks(network, (channels, 32, 32))
 
 
 @pytest.mark.parametrize("size", [128, 160, 299])

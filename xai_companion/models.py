@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['channels_error', 'Normalized', 'model_names', 'imagenet_classes', 'load_model', 'placed', 'top_classes', 'find_class',
-           'black_image', 'conv_blocks', 'last_conv', 'check_layout']
+           'conv_blocks', 'last_conv', 'check_layout']
 
 # %% ../nbs/06_models.ipynb #24465a2b
 import re
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/06_models.ipynb #3cb2fc17
 from .core import did_you_mean, pick_device, span
-from .hooks import Call, evaluating, find_layers, unwrapped, watch
+from .hooks import Call, black_image, evaluating, find_layers, unwrapped, watch
 from .networks import NETWORKS, SMALL, TRAINED, small_network
 from .pretrained import EMBEDDED, fill_weights, imagenet_weights, outputs_in, read_weights, weights_file
 from .scores import check_logits, probabilities
@@ -275,16 +275,6 @@ def _channels_last_error(call):
                       "(N, K, h, w). Put torchvision.ops.Permute([0, 3, 1, 2]) and Permute([0, 2, 3, 1]) behind it and "
                       "name the first of them as the layer, or name another layer")
 
-def black_image(model: nn.Module,
-                input_size,   # side in pixels, or (C, H, W)
-                ) -> Tensor:  # (1, C, H, W), in the type and on the device of the weights
-    "An image to try a model with"
-    if isinstance(input_size, int):
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        input_size = (first.in_channels if first else 3, input_size, input_size)
-    reference = next(model.parameters(), torch.zeros(()))
-    return torch.zeros(1, *input_size, dtype=reference.dtype, device=reference.device)
-
 # %% ../nbs/06_models.ipynb #7d3e5d02
 def _check_whole(calls, layer):
     "Raise if a map of convolutions reaches what the network returns without passing `layer`; warn if no map joins them"
@@ -312,8 +302,9 @@ def conv_blocks(model: nn.Module,  # a CNN; wrappers are transparent
                 input_size: int | tuple = 224,  # side of the images in pixels, or (channels, height, width)
                 ) -> list[str]:
     "SISE's layers, low to high: the signal that enters each down-sampling step, and the last feature map"
+    image = black_image(model, input_size)
     with evaluating(model), watch(model) as calls:
-        model(black_image(model, input_size))
+        model(image)
     origins = _Origins(calls)
     last = _last_map(calls, origins)
     if last and id(last.output) in origins.last:
@@ -342,8 +333,9 @@ def check_layout(model: nn.Module,  # wrappers are transparent
                  ):
     "Raise if one of the layers gives maps with the channels last, (N, h, w, K)"
     names = find_layers(model, layers)
+    image = black_image(model, input_size)
     with evaluating(model), watch(model) as calls:
-        model(black_image(model, input_size))
+        model(image)
     origins = _Origins(calls)
     for call in calls:
         if call.name in names and _sides(call.output) and id(call.output) in origins.last:

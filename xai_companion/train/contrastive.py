@@ -16,8 +16,7 @@ from torch.nn import functional as F
 # %% ../../nbs/42d_train.contrastive.ipynb #69ebebbe
 from ..core import autocasting, check_counts, check_positive
 from ..data.augment import AUGMENTATIONS
-from ..hooks import capture, classifier_of, entering, evaluating
-from ..models import black_image
+from ..hooks import black_image, capture, classifier_of, entering, evaluating
 from .edda import check_options, maps_of, other_classes
 from .losses import collapse_alarm, supcon_loss
 from .occlusion import has_relu, occlude, random_masks, salient
@@ -57,8 +56,9 @@ class TwoParts(Recipe):
         name, self.classifier = classifier_of(model)
         if not any(p.requires_grad for p in self.classifier.parameters()):
             raise ValueError(f"the classifier {name!r} is frozen, and {self.name} trains it in a part of each epoch: set requires_grad")
+        image = black_image(model, self.config.size)
         with evaluating(model), capture(model, name) as found:
-            logits = model(black_image(model, self.config.size))
+            logits = model(image)
         if not torch.equal(found[name], logits):
             raise ValueError(f"contrastive training takes what enters the last linear layer, {name!r}, and that layer does not give "
                              "the model's logits: make its classifier the last nn.Linear that the model registers")

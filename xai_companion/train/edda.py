@@ -13,7 +13,7 @@ import torch
 
 # %% ../../nbs/42c_train.edda.ipynb #61c33ef7
 from ..core import autocasting, check_between, check_positive, sent
-from ..models import black_image
+from ..hooks import black_image
 from .losses import DROP_TARGETS, classification_loss, drop_targets, edda_loss, edda_loss_of_several, gathered
 from .occlusion import CurrentMaps, MapCache, occlude, random_masks, salient
 from .recipes import Batch, Recipe, Views

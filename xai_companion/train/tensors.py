@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..core import progress
 from ..data.items import ImageSet
 from ..data.loader import Streamed, as_bytes
-from ..hooks import evaluating
-from ..models import black_image
+from ..hooks import black_image, evaluating
 from ..scores import check_logits
 
 # %% ../../nbs/42a_train.tensors.ipynb #13ae1032
