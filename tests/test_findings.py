@@ -71,7 +71,7 @@ def test_a_temperature_needs_errors_to_learn_from():
 
 @pytest.mark.parametrize("rows, sentence", [
     ([(0, 1, 0.9), (0, 0, 0.95), (1, 0, 0.89)], "2 of 3 predictions are wrong, 1 of them with a confidence of 90 % or more."),
-    ([(0, 1, 0.5), (0, 0, 0.95)], "1 of 2 predictions is wrong, 0 of them"),
+    ([(0, 1, 0.5), (0, 0, 0.95)], "1 of 2 predictions is wrong, none of them"),
     ([(0, 0, 0.5)] * 10, "All 10 predictions are right. Even so, up to 27.8 % of such images"),  # z**2 / (10 + z**2)
     ([(0, 1, 0.9), (0, 1, 0.8)] * 5, "On average the model is 85.0 points more confident than it is right (95 % interval 81.2 to 88.8, n = 10)."),
     ([(0, 0, 0.9), (0, 0, 0.8)] * 5, "On average the model is 15.0 points less confident than it is right (95 % interval 11.2 to 18.8, n = 10)."),
