@@ -26,6 +26,9 @@ def test_a_step_that_fails_does_not_end_the_others(monkeypatch, capsys):
         take_steps(steps, lambda: stored.append(list(ran)))
     assert str(end.value.__cause__) == "no such kernel" and ran == ["b"] and stored == [["b"]]
     said = capsys.readouterr()
+    many = [Step(f"{name}", 5, broken) for name in range(5)]
+    with pytest.raises(RuntimeError, match="failed: 0; 1; 2 and 2 more. The other"):
+        take_steps(many)
     assert "step: 1 of 2 failed after 0:00 min" in said.out and "step: 2 of 2 took" in said.out and "no such kernel" in said.err
 
 

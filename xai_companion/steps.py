@@ -86,4 +86,6 @@ def take_steps(steps: list[Step],
             failed[step.title] = error
     if failed:
         leave()
-        raise RuntimeError(f"failed: {'; '.join(failed)}. The other steps are done; the same command tries these again") from [*failed.values()][0]
+        more = f" and {len(failed) - 3} more" * (len(failed) > 3)
+        raise RuntimeError(f"failed: {'; '.join([*failed][:3])}{more}. The other steps are done; the same command tries these again"
+                           ) from [*failed.values()][0]
