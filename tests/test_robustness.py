@@ -261,7 +261,7 @@ def test_bad_steps(model, images):
             pgd(model, images, LABELS, EPS, **options)
 
 
-@pytest.mark.parametrize("attack", [fgsm, pgd])
+@ATTACKS
 def test_an_attack_needs_the_true_classes(attack):
     with pytest.raises(ValueError, match="labels are needed, the true class of each image"):
         attack(load_model("plain_cnn"), torch.rand(1, 3, 64, 64), None, 4 / 255)

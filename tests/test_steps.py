@@ -1,5 +1,6 @@
 """Steps of long runs: the plan, and what is done in a time box."""
 
+import time
 from functools import partial
 
 import pytest
@@ -29,6 +30,9 @@ def test_a_step_that_fails_does_not_end_the_others(monkeypatch, capsys):
     many = [Step(f"{name}", 5, broken) for name in range(5)]
     with pytest.raises(RuntimeError, match="failed: 0; 1; 2 and 2 more. The other"):
         take_steps(many)
+    monkeypatch.setenv(TIME_BOX, str(time.time() + 60))  # the failure is told also where the time ends first
+    with pytest.raises(OutOfTime, match="goes on with it, after those that failed: a$"):
+        take_steps([steps[0], Step("long", 100, broken)])
     assert "step: 1 of 2 failed after 0:00 min" in said.out and "step: 2 of 2 took" in said.out and "no such kernel" in said.err
 
 

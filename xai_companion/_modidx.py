@@ -1574,6 +1574,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'xai_companion/scores.py')},
             'xai_companion.steps': { 'xai_companion.steps.OutOfTime': ('steps.html#outoftime', 'xai_companion/steps.py'),
                                      'xai_companion.steps.Step': ('steps.html#step', 'xai_companion/steps.py'),
+                                     'xai_companion.steps._names': ('steps.html#_names', 'xai_companion/steps.py'),
                                      'xai_companion.steps._taken': ('steps.html#_taken', 'xai_companion/steps.py'),
                                      'xai_companion.steps.clock': ('steps.html#clock', 'xai_companion/steps.py'),
                                      'xai_companion.steps.out_of_time': ('steps.html#out_of_time', 'xai_companion/steps.py'),

@@ -64,6 +64,10 @@ def _taken(step, place) -> Exception | None:
     print(f"step: {place} {'failed after' if error else 'took'} {clock(time.time() - start)} min", flush=True)
     return error
 
+def _names(failed: dict) -> str:
+    "Which steps failed: three by name"
+    return "; ".join([*failed][:3]) + f" and {len(failed) - 3} more" * (len(failed) > 3)
+
 def take_steps(steps: list[Step],
                leave: Callable[[], object] = lambda: None,  # stores what there is, when it ends before all is done
                ):
@@ -81,11 +85,9 @@ def take_steps(steps: list[Step],
         if step.seconds > left:
             leave()
             raise OutOfTime(f"the next step, {step.title}, takes about {clock(step.seconds)} min and {clock(max(left, 0))} are left: "
-                            "the same command goes on with it")
+                            "the same command goes on with it" + (f", after those that failed: {_names(failed)}" if failed else ""))
         if error := _taken(step, f"{number} of {len(steps)}"):
             failed[step.title] = error
     if failed:
         leave()
-        more = f" and {len(failed) - 3} more" * (len(failed) > 3)
-        raise RuntimeError(f"failed: {'; '.join([*failed][:3])}{more}. The other steps are done; the same command tries these again"
-                           ) from [*failed.values()][0]
+        raise RuntimeError(f"failed: {_names(failed)}. The other steps are done; the same command tries these again") from [*failed.values()][0]

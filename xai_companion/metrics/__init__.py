@@ -114,7 +114,7 @@ def measure(metrics,        # names in `METRICS`
     for name in metrics:
         metric = METRICS[name]
         if metric.needs == "model":
-            own = {k: v for k, v in options.items() if k in metric.options}
+            own = {option: options[option] for option in metric.options if option in options}
             found[name] = _check_values(_asked(metric, seen, model, images, maps, target, own), name, len(maps))
             continue
         found[name] = torch.full((len(maps),), torch.nan)
